@@ -1,0 +1,11 @@
+#pragma once
+#include <nanobind/nanobind.h>
+
+namespace setpoint {
+
+void bind_matmul(nanobind::module_& m);    // packing, dequantizing, matmul kernels one by one (tests, benches)
+void bind_layers(nanobind::module_& m);    // norm, rope, activation, attention kernels one by one (tests, benches)
+void bind_sampling(nanobind::module_& m);  // the sampler alone (tests)
+void bind_program(nanobind::module_& m);   // the lowered program and the machine's features
+
+}  // namespace setpoint

@@ -1,0 +1,10 @@
+// The Python module `setpoint._native`: one bind_* function per area.
+#include "bindings/bindings.h"
+
+NB_MODULE(_native, m) {
+  m.doc() = "Setpoint's native core: packed weights, kernels, lowered programs.";
+  setpoint::bind_matmul(m);
+  setpoint::bind_layers(m);
+  setpoint::bind_sampling(m);
+  setpoint::bind_program(m);
+}
