@@ -28,7 +28,16 @@ _HOMES = {
     "EngineConfig": "setpoint.config",
 }
 
-__all__ = ["LLM", "CompletionOutput", "Engine", "EngineConfig", "RequestOutput", "SamplingParams", "__version__", "errors"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Engine",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+    "errors",
+]
 
 
 def __getattr__(name: str) -> Any:

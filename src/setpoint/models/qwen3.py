@@ -16,9 +16,7 @@ def build(config: Mapping[str, Any]) -> Model:
         raise UnsupportedModelError("Qwen3 with use_sliding_window is not supported")
     plain = llama.build({**config, "head_dim": fields.integer(config, "head_dim", 2, fields.MAX_HEAD_DIM, default=128)})
     norms = (RMSNorm("self_attn.q_norm", plain.norm.eps), RMSNorm("self_attn.k_norm", plain.norm.eps))
-    layers = tuple(
-        replace(block, attention=replace(block.attention, qk_norm=norms)) for block in plain.layers.layers
-    )
+    layers = tuple(replace(block, attention=replace(block.attention, qk_norm=norms)) for block in plain.layers.layers)
     return replace(plain, layers=Repeat(plain.layers.name, layers))
 
 

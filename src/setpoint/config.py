@@ -1,0 +1,272 @@
+"""The knobs: each declared once, as a field with metadata.
+
+The command line, the reference table in the docs and (later) the tuner's search space are generated from these
+fields. `resolve` turns what the user left open into numbers and says why. This is the only module that reads
+environment variables (huggingface-hub reads its own).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from setpoint.errors import ConfigError
+
+GIB = 1 << 30
+MAX_CONTEXT = 1 << 25
+
+Dtype = Literal["auto", "f32"]
+KVCacheDtype = Literal["auto", "f16", "bf16", "f32"]
+Isa = Literal["auto", "ref", "avx2", "avx512_vnni"]
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """What a field means to a person: help with its reason, unit, bounds or choices."""
+
+    help: str
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    lossy: bool = False
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    lossy: bool = False,
+) -> Any:
+    meta = Knob(help, unit, low, high, choices, lossy)
+    return field(default=default, metadata={"knob": meta})
+
+
+def knob_of(declared: Field[Any]) -> Knob:
+    meta = declared.metadata["knob"]
+    assert isinstance(meta, Knob)
+    return meta
+
+
+def check_bounds(config: object) -> None:
+    """Raise ConfigError for the first field outside its declared bounds."""
+    for declared in fields(config):  # type: ignore[arg-type]
+        if "knob" not in declared.metadata:
+            continue
+        meta, value = knob_of(declared), getattr(config, declared.name)
+        flag = "--" + declared.name.replace("_", "-")
+        if value is None:
+            continue
+        if meta.choices and value not in meta.choices:
+            raise ConfigError(f"{flag} is {value!r}; choose one of {', '.join(meta.choices)}")
+        if meta.low is not None and (
+            isinstance(value, bool) or not isinstance(value, (int, float)) or value < meta.low
+        ):
+            raise ConfigError(f"{flag} is {value!r}; it must be at least {meta.low:g}")
+        if meta.high is not None and value > meta.high:
+            raise ConfigError(f"{flag} is {value!r}; it must be at most {meta.high:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine needs to know. `None` means: derive it (see `resolve`)."""
+
+    model: str
+    dtype: Dtype = knob(
+        "auto",
+        "Arithmetic: auto keeps the file's weight format with 8-bit activations; f32 is the reference program.",
+        choices=get_args(Dtype),
+        lossy=True,
+    )
+    kv_cache_dtype: KVCacheDtype = knob(
+        "auto", "Number format of the KV cache; auto is f16, and f32 under --dtype f32.", choices=get_args(KVCacheDtype)
+    )
+    max_model_len: int | None = knob(
+        None,
+        "Longest prompt plus output. Default: what the model was trained for.",
+        unit="tokens",
+        low=16,
+        high=MAX_CONTEXT,
+    )
+    kv_cache_memory_bytes: int | None = knob(
+        None,
+        "Memory of the KV cache. Default: a quarter of the free memory, at most what can be used.",
+        unit="bytes",
+        low=1,
+        high=1 << 46,
+    )
+    max_num_seqs: int = knob(64, "Most sequences in one step.", unit="sequences", low=1, high=4096)
+    max_num_batched_tokens: int = knob(
+        512,
+        "Token budget of one step: larger favours throughput, smaller favours steady output.",
+        unit="tokens",
+        low=16,
+        high=65536,
+    )
+    enable_prefix_caching: bool = knob(True, "Reuse the KV cache of a prompt's prefix; never changes the output.")
+    max_num_queued_reqs: int = knob(
+        1024, "Waiting requests before new ones get 429.", unit="requests", low=1, high=1 << 20
+    )
+    max_num_queued_tokens: int = knob(
+        1 << 20, "Waiting prompt tokens before new requests get 429.", unit="tokens", low=1, high=1 << 32
+    )
+    num_threads: int | None = knob(
+        None, "Compute threads. Default: one per CPU we may use.", unit="threads", low=1, high=1024
+    )
+    isa: Isa = knob("auto", "Instruction set of the kernels; all give the same bits.", choices=get_args(Isa))
+    seed: int | None = knob(
+        None, "Seed for requests that bring none. Default: from the system.", low=0, high=(1 << 63) - 1
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if not self.model or len(self.model) > 4096 or "\0" in self.model:
+            raise ConfigError("the model name is empty or malformed; see `setpoint models list`")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """What the HTTP server needs to know."""
+
+    host: str = knob("127.0.0.1", "Address to listen on; a public one needs an API key.")
+    port: int = knob(8000, "Port to listen on; 0 picks a free one.", low=0, high=65535)
+    served_model_name: str | None = knob(None, "Name of the model in the API. Default: the name it was asked for by.")
+    api_key: tuple[str, ...] = knob((), "Accepted API key; may be given several times, or SETPOINT_API_KEY.")
+    api_key_file: str | None = knob(None, "File of accepted API keys, one a line; read again when it changes.")
+    open_metrics: bool = knob(False, "Serve /metrics without a key even when keys are set.")
+    shutdown_timeout: float = knob(
+        30.0, "Time that running requests get after SIGTERM.", unit="seconds", low=0, high=3600
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a knob has its value: source is 'given', 'default' or 'derived'."""
+
+    knob: str
+    value: Any
+    source: Literal["given", "default", "derived"]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The facts of the machine that `resolve` uses."""
+
+    num_cpus: int
+    available_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """The facts of the model that `resolve` uses. `kv_bytes_per_token` is for the resolved cache format's two bytes."""
+
+    max_position: int
+    kv_values_per_token: int  # K and V numbers a token adds over all layers
+
+
+def resolve(config: EngineConfig, machine: Machine, model: ModelFacts) -> tuple[EngineConfig, list[Reason]]:
+    """Fill in every knob that was left open; returns a new config and a reason for each knob.
+
+    Raises ConfigError when the machine cannot hold what was asked for.
+    """
+    derived: dict[str, tuple[Any, str]] = {}
+    kv_dtype = config.kv_cache_dtype
+    if kv_dtype == "auto":
+        kv_dtype = "f32" if config.dtype == "f32" else "f16"
+        derived["kv_cache_dtype"] = (kv_dtype, "f16 halves the cache and stays within quality; f32 for the reference")
+    context = config.max_model_len
+    if context is None:
+        context = model.max_position
+        derived["max_model_len"] = (context, "the context the model was trained for")
+    elif context > model.max_position:
+        raise ConfigError(
+            f"--max-model-len {context} is longer than the model's context of {model.max_position} tokens; lower it"
+        )
+    threads = config.num_threads
+    if threads is None:
+        threads = machine.num_cpus
+        derived["num_threads"] = (threads, "one per CPU this process may use")
+    token_bytes = model.kv_values_per_token * (4 if kv_dtype == "f32" else 2)
+    kv_bytes = config.kv_cache_memory_bytes
+    if kv_bytes is None:
+        most = token_bytes * context * config.max_num_seqs
+        kv_bytes = max(min(machine.available_memory_bytes // 4, most), token_bytes * 16)
+        why = "all sequences at full context fit" if kv_bytes == most else "a quarter of the free memory"
+        derived["kv_cache_memory_bytes"] = (kv_bytes, why)
+        shortest = kv_bytes // token_bytes
+        if shortest < context and config.max_model_len is None:
+            context = max(shortest // 16 * 16, 16)
+            derived["max_model_len"] = (context, f"the KV cache of {kv_bytes / GIB:.1f} GiB holds no more")
+    elif kv_bytes > machine.available_memory_bytes:
+        raise ConfigError(
+            f"--kv-cache-memory-bytes {kv_bytes} is more than the {machine.available_memory_bytes} bytes of free memory; lower it"
+        )
+    if kv_bytes < token_bytes * context:
+        raise ConfigError(
+            f"the KV cache of {kv_bytes} bytes holds {kv_bytes // token_bytes} tokens, less than one sequence of {context}; "
+            "lower --max-model-len or raise --kv-cache-memory-bytes"
+        )
+    resolved = replace(config, **{name: value for name, (value, _) in derived.items()})
+    return resolved, [
+        _reason(config, resolved, declared, derived) for declared in fields(config) if declared.name != "model"
+    ]
+
+
+def _reason(
+    given: EngineConfig, resolved: EngineConfig, declared: Field[Any], derived: Mapping[str, tuple[Any, str]]
+) -> Reason:
+    value = getattr(resolved, declared.name)
+    if declared.name in derived:
+        return Reason(declared.name, value, "derived", derived[declared.name][1])
+    if declared.default is not MISSING and getattr(given, declared.name) == declared.default:
+        return Reason(declared.name, value, "default", knob_of(declared).help)
+    return Reason(declared.name, value, "given", "set by the user")
+
+
+def this_machine() -> Machine:
+    """CPUs this process may use and memory that is free now (container limit included)."""
+    return Machine(len(os.sched_getaffinity(0)), _available_memory())
+
+
+def _available_memory() -> int:
+    available = 1 << 62
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file():
+        text = limit.read_text().strip()
+        if text.isdigit():
+            available = min(available, max(int(text) - int(used.read_text()), 0))
+    return available
+
+
+def cache_directory() -> Path:
+    """Where downloads and repacked weights live: SETPOINT_CACHE_DIR, else the user's cache directory."""
+    own = os.environ.get("SETPOINT_CACHE_DIR")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "setpoint"
+
+
+def api_key_from_environment() -> str | None:
+    return os.environ.get("SETPOINT_API_KEY") or None
+
+
+def log_level() -> str:
+    level = os.environ.get("SETPOINT_LOG_LEVEL", "info").lower()
+    if level not in ("debug", "info", "warning", "error"):
+        raise ConfigError(f"SETPOINT_LOG_LEVEL is {level!r}; choose one of debug, info, warning, error")
+    return level
