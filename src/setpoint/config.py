@@ -210,12 +210,12 @@ def resolve(config: EngineConfig, machine: Machine, model: ModelFacts) -> tuple[
             derived["max_model_len"] = (context, f"the KV cache of {kv_bytes / GIB:.1f} GiB holds no more")
     elif kv_bytes > machine.available_memory_bytes:
         raise ConfigError(
-            f"--kv-cache-memory-bytes {kv_bytes} is more than the {machine.available_memory_bytes} bytes of free memory; lower it"
+            f"--kv-cache-memory-bytes {kv_bytes} is more than the {machine.available_memory_bytes} bytes of free memory"
         )
     if kv_bytes < token_bytes * context:
         raise ConfigError(
-            f"the KV cache of {kv_bytes} bytes holds {kv_bytes // token_bytes} tokens, less than one sequence of {context}; "
-            "lower --max-model-len or raise --kv-cache-memory-bytes"
+            f"the KV cache of {kv_bytes} bytes holds {kv_bytes // token_bytes} tokens, less than one sequence of "
+            f"{context}; lower --max-model-len or raise --kv-cache-memory-bytes"
         )
     resolved = replace(config, **{name: value for name, (value, _) in derived.items()})
     return resolved, [
