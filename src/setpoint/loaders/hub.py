@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,9 @@ def _pull_alias(alias: Alias, models: Path, index: str, progress: Progress) -> P
     return target
 
 
+@cache
 def _hub_is_reachable() -> bool:
+    """Asked once: the hub's client would retry a dead network for half a minute."""
     import httpx
     from huggingface_hub import constants
 
@@ -245,32 +248,32 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _hub_files(repository: str) -> list[str]:
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
-    def look() -> list[str]:
-        if constants.HF_HUB_OFFLINE:
-            root = Path(snapshot_download(repository, local_files_only=True))
-            return [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
-        return list(HfApi().list_repo_files(repository))
-
-    return list(_hub_call(repository, look))
+    if _hub_is_reachable():
+        return list(_hub_call(repository, lambda: list(HfApi().list_repo_files(repository))))
+    root = Path(_hub_call(repository, lambda: snapshot_download(repository, local_files_only=True)))
+    return [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
 
 
 def _hub_file(repository: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    return Path(_hub_call(f"{repository}:{file}", lambda: hf_hub_download(repository, file)))
+    offline = not _hub_is_reachable()
+    call = partial(hf_hub_download, repository, file, local_files_only=offline)
+    return Path(_hub_call(f"{repository}:{file}", call))
 
 
 def _hub_directory(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(_hub_call(repository, lambda: snapshot_download(repository, allow_patterns=list(WEIGHTS))))
+    offline = not _hub_is_reachable()
+    call = partial(snapshot_download, repository, allow_patterns=list(WEIGHTS), local_files_only=offline)
+    return Path(_hub_call(repository, call))
 
 
 def _hub_call(what: str, call: Any) -> Any:
     """Run a call of huggingface-hub and turn its failures into ours."""
-    import httpx
     from huggingface_hub import errors
 
     try:
@@ -279,9 +282,11 @@ def _hub_call(what: str, call: Any) -> Any:
         raise ModelDownloadError(f"{what} is not in the local cache and the hub cannot be reached") from error
     except (errors.RepositoryNotFoundError, errors.EntryNotFoundError, errors.RevisionNotFoundError) as error:
         raise ModelNotFoundError(f"the hub has no {what} (or it needs a token: set HF_TOKEN)") from error
-    except (errors.HfHubHTTPError, httpx.HTTPError, errors.OfflineModeIsEnabled) as error:
+    except errors.HfHubHTTPError as error:
         raise ModelDownloadError(
-            f"the hub could not deliver {what} ({type(error).__name__}); check the network"
+            f"the hub could not deliver {what} ({type(error).__name__}); try again later"
         ) from error
     except OSError as error:
         raise ModelDownloadError(f"cannot store {what}: {error.strerror or type(error).__name__}") from error
+    except Exception as error:  # the client's transport errors differ from version to version
+        raise ModelDownloadError(f"the hub cannot be reached for {what} ({type(error).__name__})") from error
