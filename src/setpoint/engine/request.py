@@ -1,0 +1,77 @@
+"""What a client asked, as token ids: the engine's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from setpoint.errors import ContextLengthError, RequestError
+
+if TYPE_CHECKING:
+    from setpoint.engine.sampling import SamplingParams
+
+MAX_PRIORITY = 127
+MAX_NAME_CHARS = 128
+
+
+@dataclass(slots=True)
+class Request:
+    """One prompt and how to continue it, `params.n` times.
+
+    Lower `priority` runs earlier. `tenant` and `cache_salt` separate prefix caches: only requests equal in both
+    share blocks. `eos_token_ids` end a sequence unless `params.ignore_eos`.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+    tenant: str = ""
+    eos_token_ids: frozenset[int] = field(default_factory=frozenset)
+
+    def validate(self, *, vocab_size: int, max_model_len: int) -> None:
+        """Raise RequestError unless every number is within the bounds of this model."""
+        if not self.request_id or len(self.request_id) > MAX_NAME_CHARS:
+            raise RequestError(f"request_id must have 1 to {MAX_NAME_CHARS} characters", param="request_id")
+        if not -MAX_PRIORITY - 1 <= self.priority <= MAX_PRIORITY:
+            raise RequestError(f"priority must be in -{MAX_PRIORITY + 1}..{MAX_PRIORITY}", param="priority")
+        if len(self.cache_salt) > MAX_NAME_CHARS:
+            raise RequestError(f"cache_salt must have at most {MAX_NAME_CHARS} characters", param="cache_salt")
+        self._validate_length(max_model_len)
+        for token in self.prompt_token_ids:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise RequestError(f"prompt token ids must be integers in 0..{vocab_size - 1}", param="prompt")
+        if any(not 0 <= token < vocab_size for token in self.eos_token_ids):
+            raise RequestError(f"eos token ids must be in 0..{vocab_size - 1}", param="eos_token_ids")
+        self.params.check_vocabulary(vocab_size)
+        self._validate_allowed_ids()
+
+    def _validate_length(self, max_model_len: int) -> None:
+        num_prompt = len(self.prompt_token_ids)
+        if num_prompt == 0:
+            raise RequestError("the prompt is empty; send at least one token", param="prompt")
+        num_output = self.params.max_tokens or 1
+        if num_prompt + num_output > max_model_len:
+            raise ContextLengthError(
+                f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+                f"{num_prompt + num_output} tokens ({num_prompt} in the prompt, {num_output} for the output). "
+                "Shorten the prompt or lower max_tokens.",
+                param="prompt" if num_prompt >= max_model_len else "max_tokens",
+            )
+
+    def _validate_allowed_ids(self) -> None:
+        """Fail closed where min_tokens would ban every allowed token."""
+        allowed = self.params.allowed_token_ids
+        if allowed is not None and self.params.min_tokens > 0 and self.stop_ids.issuperset(allowed):
+            raise RequestError(
+                "allowed_token_ids holds only tokens that end the output, and min_tokens bans them",
+                param="allowed_token_ids",
+                reason="conflict",
+            )
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every token id that ends a sequence of this request."""
+        eos = frozenset() if self.params.ignore_eos else self.eos_token_ids
+        return eos.union(self.params.stop_token_ids or ())
