@@ -1,0 +1,147 @@
+"""The one file that knows every part: from a config to an engine that runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setpoint.config import EngineConfig, ModelFacts, Reason, cache_directory, resolve, this_machine
+from setpoint.engine.engine import Engine, Event
+from setpoint.engine.scheduler import Scheduler, SchedulerLimits
+from setpoint.errors import ModelError, RequestError
+from setpoint.loaders.checkpoint import Checkpoint, open_checkpoint
+from setpoint.loaders.download import Progress, silent
+from setpoint.loaders.hub import resolve_model
+from setpoint.models import build_model
+from setpoint.models.spec import Model
+from setpoint.text.chat_template import ChatTemplate
+from setpoint.text.tokenizer import Tokenizer, load_tokenizer
+
+
+def models_directory() -> Path:
+    """Where `setpoint models` keeps what it downloads."""
+    return cache_directory() / "models"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A checkpoint, opened and understood; no weights in memory yet."""
+
+    path: Path
+    checkpoint: Checkpoint
+    model: Model
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+
+
+@dataclass(slots=True)
+class Assembly:
+    """An engine (not started) with what a front end needs beside it."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    model: Model
+    config: EngineConfig
+    reasons: list[Reason]
+    model_name: str
+    phases: dict[str, float] = field(default_factory=dict)  # start-up phase -> seconds
+
+
+def model_facts(model: Model) -> ModelFacts:
+    layers = model.layers.layers
+    values = sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in layers)
+    return ModelFacts(model.max_position, values)
+
+
+def load_model(name: str, *, progress: Progress = silent) -> LoadedModel:
+    """Find the files of `name` (downloading them when needed), read the config, build tokenizer and template."""
+    path = resolve_model(name, models_directory(), progress=progress)
+    checkpoint = open_checkpoint(path)
+    model = build_model(checkpoint.config)
+    tokenizer = load_tokenizer(checkpoint.tokenizer, eos_token_ids=checkpoint.generation.eos_token_ids)
+    if len(tokenizer) > model.vocab_size + 1024:
+        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}")
+    return LoadedModel(path, checkpoint, model, tokenizer, _chat_template(checkpoint, tokenizer))
+
+
+def _chat_template(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | None:
+    if checkpoint.chat_template is None:
+        return None
+
+    def text(token_id: int | None) -> str:
+        return (tokenizer.id_to_token(token_id) or "") if token_id is not None else ""
+
+    generation = checkpoint.generation
+    eos = generation.eos_token_ids[0] if generation.eos_token_ids else None
+    return ChatTemplate(checkpoint.chat_template, bos_token=text(generation.bos_token_id), eos_token=text(eos))
+
+
+def build_engine(
+    config: EngineConfig,
+    deliver: Callable[[list[Event]], None],
+    *,
+    progress: Progress = silent,
+    phase: Callable[[str], None] = lambda name: None,
+) -> Assembly:
+    """Everything between a config and `engine.start()`. `phase` is told what begins, for people who wait."""
+    phases: dict[str, float] = {}
+    clock = time.monotonic
+
+    phase("opening the model")
+    began = clock()
+    loaded = load_model(config.model, progress=progress)
+    phases["open"] = clock() - began
+    resolved, reasons = resolve(config, this_machine(), model_facts(loaded.model))
+
+    phase("loading weights")
+    began = clock()
+    from setpoint.runtime.cpu.runner import CpuRunner
+
+    assert resolved.max_model_len is not None
+    assert resolved.num_threads is not None
+    assert resolved.kv_cache_memory_bytes is not None
+    runner = CpuRunner(
+        loaded.model,
+        loaded.checkpoint,
+        dtype=resolved.dtype,
+        kv_dtype=resolved.kv_cache_dtype,
+        num_threads=resolved.num_threads,
+        isa=resolved.isa,
+        max_model_len=resolved.max_model_len,
+        max_num_seqs=resolved.max_num_seqs,
+        max_num_batched_tokens=resolved.max_num_batched_tokens,
+        kv_cache_memory_bytes=resolved.kv_cache_memory_bytes,
+    )
+    phases["weights"] = clock() - began
+    scheduler = Scheduler(
+        runner.info,
+        SchedulerLimits(
+            max_num_seqs=resolved.max_num_seqs,
+            max_num_batched_tokens=resolved.max_num_batched_tokens,
+            max_num_queued_reqs=resolved.max_num_queued_reqs,
+            max_num_queued_tokens=resolved.max_num_queued_tokens,
+        ),
+        enable_prefix_caching=resolved.enable_prefix_caching,
+        seed=resolved.seed,
+    )
+    return Assembly(
+        engine=Engine(scheduler, runner, deliver),
+        tokenizer=loaded.tokenizer,
+        chat_template=loaded.chat_template,
+        model=loaded.model,
+        config=resolved,
+        reasons=reasons,
+        model_name=config.model,
+        phases=phases,
+    )
+
+
+def require_chat_template(assembly: Assembly) -> ChatTemplate:
+    if assembly.chat_template is None:
+        raise RequestError(
+            "this model has no chat template; use plain completions", param="messages", reason="not_supported"
+        )
+    return assembly.chat_template

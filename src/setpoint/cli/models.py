@@ -1,0 +1,73 @@
+"""setpoint models list | pull | path | rm"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from setpoint.cli.console import DownloadBar, command_app, print_json
+
+app = command_app("List, pull, locate and remove models.")
+
+Name = Annotated[str, typer.Argument(help="GGUF file, directory, hub repository (org/name[:file.gguf]) or alias.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.command("list")
+def list_(json: Json = False) -> None:
+    """Models on this machine, and the aliases that can be pulled."""
+    from setpoint.assemble import models_directory
+    from setpoint.loaders.hub import ALIASES, list_models
+
+    found = list_models(models_directory())
+    local = {model.name for model in found}
+    rows = [
+        {"name": model.name, "bytes": model.num_bytes, "source": model.source, "path": str(model.path)}
+        for model in found
+    ]
+    rows += [
+        {"name": alias.name, "bytes": alias.size, "source": "not pulled", "path": None}
+        for alias in ALIASES.values()
+        if alias.name not in local
+    ]
+    if json:
+        print_json(rows)
+        return
+    width = max(len(str(row["name"])) for row in rows)
+    for row in rows:
+        print(
+            f"{row['name']:<{width}}  {float(str(row['bytes'])) / 1e6:>9.1f} MB  {row['source']:<10}  {row['path'] or ''}"
+        )
+
+
+@app.command()
+def pull(name: Name) -> None:
+    """Download a model unless it is here; prints its path."""
+    from setpoint.assemble import models_directory
+    from setpoint.loaders.hub import resolve_model
+
+    with DownloadBar() as bar:
+        print(resolve_model(name, models_directory(), progress=bar))
+
+
+@app.command()
+def path(name: Name) -> None:
+    """Print where a model is; fails when it is not on this machine."""
+    from setpoint.assemble import models_directory
+    from setpoint.errors import ModelNotFoundError
+    from setpoint.loaders.hub import find_model
+
+    found = find_model(name, models_directory())
+    if found is None:
+        raise ModelNotFoundError(f"'{name[:200]}' is not on this machine; try `setpoint models pull`")
+    print(found)
+
+
+@app.command()
+def rm(name: Name) -> None:
+    """Remove a model's files from this machine."""
+    from setpoint.assemble import models_directory
+    from setpoint.loaders.hub import remove_model
+
+    print(f"freed {remove_model(name, models_directory()) / 1e6:.1f} MB")
