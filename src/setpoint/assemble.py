@@ -47,6 +47,8 @@ class Assembly:
     config: EngineConfig
     reasons: list[Reason]
     model_name: str
+    isa: str  # of the kernels that were chosen
+    weight_bytes: int  # read once by every step
     phases: dict[str, float] = field(default_factory=dict)  # start-up phase -> seconds
 
 
@@ -135,6 +137,8 @@ def build_engine(
         config=resolved,
         reasons=reasons,
         model_name=config.model,
+        isa=runner.isa,
+        weight_bytes=runner.weight_bytes,
         phases=phases,
     )
 

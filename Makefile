@@ -1,0 +1,64 @@
+# Each target prepares what it needs (.venv, native build) and is quick the second time.
+.PHONY: serve test parity lint format bench docs clean
+.DEFAULT_GOAL := help
+
+VENV    := .venv
+PYTHON  := $(VENV)/bin/python
+PARITY  := .venv-parity
+PORT    ?= 8000
+MODEL   ?= smollm2-135m
+JOBS    ?= $(shell nproc)
+NATIVE  := CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+
+help:
+	@echo "make serve [PORT=8000] [MODEL=smollm2-135m]   serve a model"
+	@echo "make test | parity | lint | bench | docs"
+
+$(VENV)/.tools: pyproject.toml
+	@test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet "scikit-build-core>=0.11" "nanobind>=2.9" "cmake>=3.18" ninja
+	@touch $@
+
+# The package itself, editable: Python changes count at once, native sources trigger an incremental build.
+$(VENV)/.installed: $(VENV)/.tools $(NATIVE)
+	@echo "setpoint: building and installing ..."
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+serve: $(VENV)/.installed
+	$(VENV)/bin/setpoint serve $(MODEL) --port $(PORT)
+
+test: $(VENV)/.installed
+	$(PYTHON) -m pytest
+
+# Regenerates the golden logits and tokens with the reference implementations and fails on any difference.
+$(PARITY)/.installed: pyproject.toml
+	@test -x $(PARITY)/bin/python || python3 -m venv $(PARITY)
+	$(PARITY)/bin/python -m pip install --quiet --upgrade pip
+	$(PARITY)/bin/python -m pip install --quiet torch==2.13.0 "transformers>=4.57" "gguf>=0.17" "safetensors>=0.5" "numpy>=2.0"
+	@touch $@
+
+parity: $(VENV)/.installed $(PARITY)/.installed
+	$(PARITY)/bin/python tests/parity/make_goldens.py --check
+	$(PYTHON) -m pytest tests/parity
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check src tests benchmarks
+	$(VENV)/bin/ruff format --check src tests benchmarks
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h,$(NATIVE))
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix src tests benchmarks
+	$(VENV)/bin/ruff format src tests benchmarks
+	$(VENV)/bin/clang-format -i $(filter %.cpp %.h,$(NATIVE))
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/setpoint bench engine $(MODEL)
+
+docs: $(VENV)/.installed
+	$(PYTHON) docs/generate.py
+
+clean:
+	rm -rf $(VENV) $(PARITY) build

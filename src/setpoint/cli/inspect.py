@@ -1,0 +1,137 @@
+"""setpoint inspect model NAME | machine | knobs"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from setpoint.cli.console import DownloadBar, command_app, print_json
+
+app = command_app("Show a model, this machine, or every knob.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@app.command()
+def model(
+    name: Annotated[str, typer.Argument(help="GGUF file, directory, hub repository or alias.")], json: Json = False
+) -> None:
+    """The layer tree of a model, its weights by format, and what a token costs in the KV cache."""
+    from setpoint.assemble import load_model, model_facts
+
+    with DownloadBar() as bar:
+        loaded = load_model(name, progress=bar)
+    checkpoint, tree = loaded.checkpoint, loaded.model
+    formats: Counter[str] = Counter()
+    num_bytes: Counter[str] = Counter()
+    parameters = 0
+    for tensor_name in checkpoint.tensor_names():
+        tensor = checkpoint.tensor(tensor_name)
+        formats[tensor.format] += 1
+        num_bytes[tensor.format] += tensor.raw.nbytes
+        count = 1
+        for length in tensor.shape:
+            count *= length
+        parameters += count
+    facts: dict[str, Any] = {
+        "name": checkpoint.name,
+        "family": checkpoint.config["model_type"],
+        "parameters": parameters,
+        "weights": {kind: {"tensors": formats[kind], "bytes": num_bytes[kind]} for kind in formats},
+        "context": tree.max_position,
+        "vocabulary": tree.vocab_size,
+        "kv_bytes_per_token_f16": 2 * model_facts(tree).kv_values_per_token,
+        "chat_template": loaded.chat_template is not None,
+        "path": str(loaded.path),
+    }
+    if json:
+        print_json({**facts, "tree": asdict(tree)})
+        return
+    weights = ", ".join(f"{kind} {num_bytes[kind] / 1e6:.1f} MB in {formats[kind]} tensors" for kind in formats)
+    print(f"{facts['name']}: {facts['family']}, {parameters / 1e6:.1f} M parameters, context {tree.max_position}")
+    print(f"weights: {weights}")
+    print(f"KV cache: {facts['kv_bytes_per_token_f16'] / 1024:.1f} KiB a token in f16")
+    print(f"chat template: {'yes' if facts['chat_template'] else 'no'}")
+    print(f"file: {loaded.path}\n")
+    for line in tree_lines(tree):
+        print(line)
+
+
+def tree_lines(tree: Any) -> list[str]:
+    """The spec tree, equal neighbouring layers shown once."""
+    lines = [f"{tree.embedding}  [{tree.vocab_size} x {tree.hidden}]", f"Repeat {tree.layers.name}"]
+    layers = tree.layers.layers
+    start = 0
+    for index in range(1, len(layers) + 1):
+        if index == len(layers) or layers[index] != layers[start]:
+            span = f"{start}" if index == start + 1 else f"{start}..{index - 1}"
+            block = layers[start]
+            lines.append(f"  {span}: {type(block).__name__}")
+            lines += [f"    {getattr(block, slot)}" for slot in type(block).__dataclass_fields__]
+            start = index
+    return [*lines, str(tree.norm), str(tree.head)]
+
+
+@app.command()
+def machine(json: Json = False) -> None:
+    """What this machine can run."""
+    import platform
+
+    from setpoint import _native
+    from setpoint.config import this_machine
+
+    facts = this_machine()
+    document = {
+        "architecture": platform.machine(),
+        "cpu": _cpu_name(),
+        "cpus": facts.num_cpus,
+        "available_memory_bytes": facts.available_memory_bytes,
+        "kernels": list(_native.available_isas()),
+    }
+    if json:
+        print_json(document)
+        return
+    print(f"{document['cpu']} ({document['architecture']}), {facts.num_cpus} CPUs for this process")
+    print(f"free memory: {facts.available_memory_bytes / (1 << 30):.1f} GiB")
+    print(f"kernels: {', '.join(_native.available_isas())} (the last is used)")
+
+
+def _cpu_name() -> str:
+    from pathlib import Path
+
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown CPU"
+
+
+@app.command()
+def knobs(json: Json = False) -> None:
+    """Every knob: flag, default, bounds and meaning."""
+    from setpoint.cli.knobs import knob_fields
+    from setpoint.config import EngineConfig, ServerConfig, knob_of
+
+    rows = [
+        {
+            "flag": "--" + declared.name.replace("_", "-"),
+            "default": declared.default,
+            "unit": knob_of(declared).unit,
+            "low": knob_of(declared).low,
+            "high": knob_of(declared).high,
+            "choices": list(knob_of(declared).choices),
+            "lossy": knob_of(declared).lossy,
+            "help": knob_of(declared).help,
+        }
+        for config_class in (EngineConfig, ServerConfig)
+        for declared in knob_fields(config_class)
+    ]
+    if json:
+        print_json(rows)
+        return
+    width = max(len(str(row["flag"])) for row in rows)
+    for row in rows:
+        default = "derived" if row["default"] is None else row["default"]
+        print(f"{row['flag']:<{width}}  {default!s:>10}  {row['help']}")

@@ -1,0 +1,1 @@
+"""Measuring, and later choosing: probe, simulate, replay, search, certify."""
