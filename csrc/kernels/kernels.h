@@ -116,6 +116,7 @@ struct AttentionArgs {
   size_t out_stride = 0;
   int split_begin = 0, split_end = 0;  // absolute split indices to visit
   float* partial = nullptr;  // [rows][group][split_end - split_begin][head_dim + 2] or null
+  int partial_splits = 0;    // splits per (row, head) of the whole partial buffer, when this call fills only some; 0: its own
   float* scratch = nullptr;  // attention_scratch_floats(...) floats, per thread
 };
 
@@ -136,6 +137,7 @@ struct KernelTable {
   void (*silu_mul)(const float* gate, const float* up, size_t stride, int rows, int n, float* out, size_t out_stride) = nullptr;
   void (*gelu_tanh_mul)(const float* gate, const float* up, size_t stride, int rows, int n, float* out, size_t out_stride) = nullptr;
   void (*add)(const float* x, size_t x_stride, int rows, int n, float* out, size_t out_stride) = nullptr;  // out += x
+  void (*exp)(const float* x, int n, float* out) = nullptr;  // the polynomial that attention and the activations use
   // attention
   void (*kv_store)(const KvStoreArgs&) = nullptr;
   void (*attention)(const AttentionArgs&) = nullptr;

@@ -1,0 +1,143 @@
+// Paged attention as plain loops: the definition in kernels/attention.h, one (row, head) at a time.
+#include "kernels/attention.h"
+
+#include <cmath>
+#include <limits>
+
+namespace setpoint {
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+float read(KvFormat format, const uint8_t* base, size_t index) {
+  if (format == KvFormat::f32) return reinterpret_cast<const float*>(base)[index];
+  const uint16_t half = reinterpret_cast<const uint16_t*>(base)[index];
+  return format == KvFormat::f16 ? float_from_f16(half) : float_from_bf16(half);
+}
+
+void write(KvFormat format, uint8_t* base, size_t index, float x) {
+  if (format == KvFormat::f32) reinterpret_cast<float*>(base)[index] = x;
+  else reinterpret_cast<uint16_t*>(base)[index] = format == KvFormat::f16 ? f16_from_float(x) : bf16_from_float(x);
+}
+
+struct State {  // (m, l, o) of one row and head
+  float m = kMinusInfinity, l = 0.f;
+  float* o;  // [head_dim]
+
+  State(float* storage, int head_dim) : o(storage) {
+    for (int d = 0; d < head_dim; ++d) o[d] = 0.f;
+  }
+};
+
+float tree16(float* lane) {
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = lane[i] + lane[i + width];
+  return lane[0];
+}
+
+// Adds the tokens of `visible`, all in the 64-token block that starts at `start`, to the state.
+void add_block(const AttentionArgs& a, const float* q, int start, TokenRange visible, State& state) {
+  const int head_dim = a.kv.head_dim;
+  float p[kBlockTokens] = {};  // scores, then probabilities; 0 where masked
+  float m = state.m;
+  for (int t = visible.begin; t < visible.end; ++t) {
+    const size_t page = page_element(a.kv, a.block_table, a.kv_head, t);
+    float dot = 0.f;
+    for (int d = 0; d < head_dim; ++d) dot = std::fma(q[d], read(a.kv.format, a.kv.k, page + d * kPageTokens + t % kPageTokens), dot);
+    p[t - start] = dot * a.scale;
+    if (p[t - start] > m) m = p[t - start];
+  }
+  m = m + 0.f;
+  for (int t = visible.begin; t < visible.end; ++t) p[t - start] = exp_scalar(p[t - start] - m);
+  float lane[kLane16];
+  for (int i = 0; i < kLane16; ++i) lane[i] = ((p[i] + p[i + 16]) + p[i + 32]) + p[i + 48];
+
+  const float c = exp_scalar(state.m - m);
+  state.m = m;
+  state.l = std::fma(state.l, c, tree16(lane));
+  for (int d = 0; d < head_dim; ++d) state.o[d] = state.o[d] * c;
+  for (int t = visible.begin; t < visible.end; ++t) {
+    const size_t page = page_element(a.kv, a.block_table, a.kv_head, t) + static_cast<size_t>(t % kPageTokens) * head_dim;
+    for (int d = 0; d < head_dim; ++d) state.o[d] = std::fma(p[t - start], read(a.kv.format, a.kv.v, page + d), state.o[d]);
+  }
+}
+
+void add_split(State& total, int head_dim, float m, float l, const float* o) {
+  if (l == 0.f) return;  // saw no token (else l >= 1, or NaN, which must reach the result)
+  const float m_new = m > total.m ? m : total.m;
+  const float before = exp_scalar(total.m - m_new), factor = exp_scalar(m - m_new);
+  total.m = m_new;
+  total.l = std::fma(total.l, before, l * factor);
+  for (int d = 0; d < head_dim; ++d) total.o[d] = std::fma(total.o[d], before, o[d] * factor);
+}
+
+void write_result(const State& total, int head_dim, float* out) {
+  for (int d = 0; d < head_dim; ++d) out[d] = total.l == 0.f ? 0.f : total.o[d] / total.l;
+}
+
+}  // namespace
+
+size_t attention_scratch_floats(int rows, int group, int head_dim) {
+  const size_t queries = static_cast<size_t>(rows) * group;
+  return 2 * queries * padded_head_dim(head_dim);  // o of the split and of the row
+}
+
+void ref_kv_store(const KvStoreArgs& a) {
+  const int head_dim = a.kv.head_dim;
+  for (int row = 0; row < a.rows; ++row) {
+    const int token = a.position + row, slot = token % kPageTokens;
+    for (int head = 0; head < a.kv.kv_heads; ++head) {
+      const size_t page = page_element(a.kv, a.block_table, head, token);
+      const float* k = a.k + row * a.k_stride + static_cast<size_t>(head) * head_dim;
+      const float* v = a.v + row * a.v_stride + static_cast<size_t>(head) * head_dim;
+      for (int d = 0; d < head_dim; ++d) {
+        write(a.kv.format, a.kv.k, page + static_cast<size_t>(d) * kPageTokens + slot, k[d]);
+        write(a.kv.format, a.kv.v, page + static_cast<size_t>(slot) * head_dim + d, v[d]);
+      }
+    }
+  }
+}
+
+void ref_attention(const AttentionArgs& a) {
+  const int head_dim = a.kv.head_dim;
+  for (int row = 0; row < a.rows; ++row) {
+    const TokenRange visible = TokenRange::visible(a.position + row, a.window);
+    for (int g = 0; g < a.group; ++g) {
+      const size_t head = static_cast<size_t>(a.kv_head) * a.group + g;
+      const float* q = a.q + row * a.q_stride + head * head_dim;
+      State total(a.scratch, head_dim);
+      for (int s = a.split_begin; s < a.split_end; ++s) {
+        State split(a.scratch + head_dim, head_dim);
+        for (int start = s * kSplitTokens; start < (s + 1) * kSplitTokens; start += kBlockTokens) {
+          const TokenRange block = visible.within(start, start + kBlockTokens);
+          if (!block.empty()) add_block(a, q, start, block, split);
+        }
+        for (int d = 0; d < head_dim; ++d) split.o[d] = split.o[d] + 0.f;
+        if (a.partial == nullptr) {
+          add_split(total, head_dim, split.m, split.l, split.o);
+          continue;
+        }
+        float* entry = a.partial + (static_cast<size_t>(row) * a.group + g) * partial_stride_of(a) +
+                       static_cast<size_t>(s - a.split_begin) * (head_dim + 2);
+        entry[0] = split.m;
+        entry[1] = split.l;
+        for (int d = 0; d < head_dim; ++d) entry[2 + d] = split.o[d];
+      }
+      if (a.partial == nullptr) write_result(total, head_dim, a.out + row * a.out_stride + head * head_dim);
+    }
+  }
+}
+
+void ref_attention_merge(const float* partial, int rows, int group, int splits, int head_dim, float* out, size_t out_stride) {
+  const size_t entry_floats = static_cast<size_t>(head_dim) + 2;
+  for (int row = 0; row < rows; ++row)
+    for (int g = 0; g < group; ++g) {
+      const float* entry = partial + (static_cast<size_t>(row) * group + g) * splits * entry_floats;
+      float* result = out + row * out_stride + static_cast<size_t>(g) * head_dim;
+      State total(result, head_dim);  // gathers in place: `out` does not overlap `partial`
+      for (int s = 0; s < splits; ++s, entry += entry_floats) add_split(total, head_dim, entry[0], entry[1], entry + 2);
+      write_result(total, head_dim, result);
+    }
+}
+
+}  // namespace setpoint

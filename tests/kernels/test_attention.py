@@ -1,0 +1,318 @@
+"""Paged attention: the cache formats, float64 softmax attention, and equality of every way to compute a row."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from setpoint import _native as native
+
+PAGE, SPLIT = 16, 512
+FORMATS = ("f32", "f16", "bf16")
+
+
+def available(isa: str) -> bool:
+    try:
+        native.kernels_exp(isa, np.zeros(1, np.float32))
+    except RuntimeError:
+        return False
+    return True
+
+
+FAST = [isa for isa in ("avx2", "avx512_vnni") if available(isa)]
+
+
+def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
+    assert actual.shape == expected.shape
+    assert not np.isnan(actual).any()
+    np.testing.assert_array_equal(actual.view(np.uint32), expected.view(np.uint32))
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    u = x.view(np.uint32)
+    return ((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+def through_format(x: np.ndarray, kv_format: str) -> np.ndarray:
+    if kv_format == "f16":
+        return x.astype(np.float16).astype(np.float32)
+    if kv_format == "bf16":
+        return (to_bf16(x).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return x
+
+
+@dataclass
+class Sequence:
+    """k, v [tokens, kv_heads, head_dim] of one sequence, stored in shuffled pages of a cache full of NaN."""
+
+    kv_format: str
+    kv_heads: int
+    group: int
+    head_dim: int
+    k: np.ndarray
+    v: np.ndarray
+    q: np.ndarray  # [tokens, kv_heads * group * head_dim]
+    k_cache: np.ndarray
+    v_cache: np.ndarray
+    block_table: np.ndarray
+
+    def attention(self, isa: str, position: int, rows: int, **options) -> np.ndarray:
+        options.setdefault("scale", self.head_dim**-0.5)
+        return native.kernels_attention(
+            isa, self.kv_format, self.k_cache, self.v_cache, self.kv_heads, self.head_dim,
+            options.pop("block_table", self.block_table), position, self.q[position : position + rows],
+            options.pop("scale"), **options,
+        )  # fmt: skip
+
+    def exact(self, position: int, rows: int, window: int = 0) -> np.ndarray:
+        k = np.repeat(through_format(self.k, self.kv_format).astype(np.float64), self.group, axis=1)
+        v = np.repeat(through_format(self.v, self.kv_format).astype(np.float64), self.group, axis=1)
+        q = self.q.astype(np.float64).reshape(len(self.q), -1, self.head_dim)
+        out = []
+        for t in range(position, position + rows):
+            first = max(0, t - window + 1) if window else 0
+            score = np.einsum("hd,thd->ht", q[t], k[first : t + 1]) * self.head_dim**-0.5
+            p = np.exp(score - score.max(axis=1, keepdims=True))
+            out.append(np.einsum("ht,thd->hd", p / p.sum(axis=1, keepdims=True), v[first : t + 1]).ravel())
+        return np.array(out)
+
+
+def make_sequence(
+    tokens: int, *, kv_format: str = "f16", kv_heads: int = 1, group: int = 3, head_dim: int = 64, seed: int = 0,
+    isa: str = "ref", spread: float = 2.0,
+) -> Sequence:  # fmt: skip
+    rng = np.random.default_rng((seed, tokens, kv_heads, group, head_dim))
+    k = (rng.normal(size=(tokens, kv_heads, head_dim)) * spread).astype(np.float32)
+    v = rng.normal(size=(tokens, kv_heads, head_dim)).astype(np.float32)
+    q = rng.normal(size=(tokens, kv_heads * group * head_dim)).astype(np.float32)
+    pages = -(-tokens // PAGE)
+    blocks = pages + 5
+    element = 4 if kv_format == "f32" else 2
+    caches = [np.full(blocks * kv_heads * PAGE * head_dim * element, 0xFF, np.uint8) for _ in "kv"]  # every slot is NaN
+    block_table = rng.permutation(blocks)[:pages].astype(np.int32)
+    native.kernels_kv_store(isa, kv_format, *caches, kv_heads, block_table, 0, k.reshape(tokens, -1), v.reshape(tokens, -1))
+    return Sequence(kv_format, kv_heads, group, head_dim, k, v, q, *caches, block_table)
+
+
+# ----------------------------------------------------------------------------------------------------- the cache
+def awkward_floats() -> np.ndarray:
+    """Values around every rounding border of the 16-bit formats, and a walk over all floats."""
+    halves = np.arange(2**16, dtype=np.uint32)
+    f16 = halves.astype(np.uint16).view(np.float16).astype(np.float32)
+    bf16 = (halves << np.uint32(16)).view(np.float32)
+    walk = np.arange(0, 2**32, 20_011, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        between = [(f16[:-1].astype(np.float64) + f16[1:]).astype(np.float32) / 2, (bf16[:-1].astype(np.float64) + bf16[1:]).astype(np.float32) / 2]
+        near = [np.nextafter(x, np.float32(s) * np.float32(np.inf)) for x in between for s in (-1, 1)]
+    x = np.concatenate([f16, bf16, walk, *between, *near])
+    return np.resize(x, -(-len(x) // 64) * 64)
+
+
+def stored(isa: str, kv_format: str, x: np.ndarray, kv_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bit patterns of k and v [tokens, kv_heads, head_dim] after a store of x as both."""
+    tokens = x.size // (kv_heads * head_dim)
+    pages = -(-tokens // PAGE)
+    dtype = np.uint32 if kv_format == "f32" else np.uint16
+    caches = [np.zeros(pages * kv_heads * PAGE * head_dim * dtype().itemsize, np.uint8) for _ in "kv"]
+    rows = x.reshape(tokens, kv_heads * head_dim)
+    native.kernels_kv_store(isa, kv_format, *caches, kv_heads, np.arange(pages, dtype=np.int32), 0, rows, rows)
+    k = caches[0].view(dtype).reshape(pages, kv_heads, head_dim, PAGE).transpose(0, 3, 1, 2)
+    v = caches[1].view(dtype).reshape(pages, kv_heads, PAGE, head_dim).transpose(0, 2, 1, 3)
+    return tuple(a.reshape(pages * PAGE, kv_heads, head_dim)[:tokens] for a in (k, v))
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST])
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_store_rounds_to_nearest_even_and_saturates(isa: str, kv_format: str) -> None:
+    x = awkward_floats()
+    k, v = stored(isa, kv_format, x, 2, 32)
+    nan = np.isnan(x)
+    with np.errstate(over="ignore"):
+        if kv_format == "f32":
+            expected = x.view(np.uint32)
+        elif kv_format == "f16":
+            expected = np.clip(x, -65504, 65504).astype(np.float16).view(np.uint16)
+        else:
+            largest = np.uint32(0x7F7F0000).view(np.float32)
+            expected = to_bf16(np.clip(x, -largest, largest))
+    for actual in (k.ravel(), v.ravel()):
+        np.testing.assert_array_equal(actual[~nan], expected[~nan])
+        if kv_format != "f32":
+            infinity = 0x7C00 if kv_format == "f16" else 0x7F80
+            assert np.all((actual[nan] & 0x7FFF) > infinity)
+
+
+@pytest.mark.parametrize("isa", FAST)
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_store_has_the_bytes_of_ref_at_any_offset(isa: str, kv_format: str) -> None:
+    rng = np.random.default_rng(0)
+    for head_dim, kv_heads in ((8, 3), (24, 1), (64, 2), (80, 2)):
+        k, v = rng.normal(size=(2, 40, kv_heads * head_dim)).astype(np.float32)
+        results = []
+        for name in (isa, "ref"):
+            caches = [np.full(8 * kv_heads * PAGE * head_dim * (4 if kv_format == "f32" else 2), 0xFF, np.uint8) for _ in "kv"]
+            table = np.array([6, 0, 3, 5], np.int32)
+            native.kernels_kv_store(name, kv_format, *caches, kv_heads, table, 13, k, v)
+            results.append(caches)
+        np.testing.assert_array_equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST])
+def test_f16_values_are_read_exactly(isa: str) -> None:
+    """One visible token has probability 1: attention returns v as the cache holds it, subnormals included."""
+    halves = np.arange(2**16, dtype=np.uint16)
+    halves = halves[np.isfinite(halves.view(np.float16))].reshape(-1, 64)
+    k_cache = np.zeros(PAGE * 64 * 2, np.uint8)
+    for row in halves[::7]:
+        v_cache = np.full((PAGE, 64), 0xFFFF, np.uint16)
+        v_cache[0] = row
+        out = native.kernels_attention(
+            isa, "f16", k_cache, v_cache.view(np.uint8).ravel(), 1, 64, np.zeros(1, np.int32), 0, np.ones((1, 64), np.float32), 1.0
+        )
+        np.testing.assert_array_equal(out[0], row.view(np.float16).astype(np.float32))
+
+
+# ------------------------------------------------------------------------------------------------ the right answer
+SHAPES = [(8, 2, 1), (16, 1, 4), (24, 1, 2), (64, 2, 3), (64, 1, 7), (80, 1, 2), (96, 1, 1), (128, 1, 5), (256, 1, 4), (64, 1, 16)]
+SPANS = [(0, 1), (5, 1), (0, 16), (15, 2), (48, 16), (63, 1), (64, 1), (60, 9), (130, 16)]
+LONG_SPANS = [(500, 16), (511, 1), (512, 1), (505, 16), (1020, 16), (1099, 1)]
+WINDOWS = (0, 1, 7, 64, 100)
+
+
+@pytest.mark.parametrize("kv_format", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ref_is_softmax_attention(shape: tuple[int, int, int], kv_format: str) -> None:
+    head_dim, kv_heads, group = shape
+    s = make_sequence(150, kv_format=kv_format, head_dim=head_dim, kv_heads=kv_heads, group=group)
+    for position, rows in SPANS:
+        for window in WINDOWS:
+            actual = s.attention("ref", position, rows, window=window)
+            np.testing.assert_allclose(actual, s.exact(position, rows, window), rtol=0, atol=1e-5)
+
+
+def test_ref_is_softmax_attention_across_splits() -> None:
+    s = make_sequence(1100, group=2)
+    for position, rows in LONG_SPANS:
+        for window in (0, 300, 512, 600):
+            actual = s.attention("ref", position, rows, window=window)
+            np.testing.assert_allclose(actual, s.exact(position, rows, window), rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- the same answer
+@pytest.mark.parametrize("isa", FAST)
+@pytest.mark.parametrize("kv_format", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fast_attention_has_the_bits_of_ref(isa: str, shape: tuple[int, int, int], kv_format: str) -> None:
+    head_dim, kv_heads, group = shape
+    s = make_sequence(150, kv_format=kv_format, head_dim=head_dim, kv_heads=kv_heads, group=group)
+    for position, rows in SPANS:
+        for window in WINDOWS:
+            assert_same_bits(s.attention(isa, position, rows, window=window), s.attention("ref", position, rows, window=window))
+
+
+@pytest.mark.parametrize("isa", FAST)
+@pytest.mark.parametrize("group", range(1, 17))
+def test_every_group_size(isa: str, group: int) -> None:
+    s = make_sequence(90, head_dim=32, group=group)
+    for position, rows in ((77, 1), (70, 5)):
+        assert_same_bits(s.attention(isa, position, rows), s.attention("ref", position, rows))
+
+
+@pytest.mark.parametrize("isa", FAST)
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_fast_attention_has_the_bits_of_ref_across_splits(isa: str, kv_format: str) -> None:
+    s = make_sequence(1100, kv_format=kv_format, head_dim=32)
+    for position, rows in LONG_SPANS:
+        for window in (0, 300, 512, 600):
+            assert_same_bits(s.attention(isa, position, rows, window=window), s.attention("ref", position, rows, window=window))
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST])
+@pytest.mark.parametrize("window", [0, 5, 64, 200])
+def test_a_row_is_the_same_alone_and_in_any_chunk(isa: str, window: int) -> None:
+    s = make_sequence(580, head_dim=16, group=2, spread=4.0)
+    alone = np.concatenate([s.attention(isa, t, 1, window=window) for t in range(580)])
+    for chunk in (2, 3, 7, 16):
+        chunked = [s.attention(isa, t, min(chunk, 580 - t), window=window) for t in range(0, 580, chunk)]
+        assert_same_bits(np.concatenate(chunked), alone)
+
+
+@pytest.mark.parametrize("isa", FAST)
+def test_extreme_scores_keep_the_bits_of_ref(isa: str) -> None:
+    """Large spreads make most probabilities underflow, and rescale by zero."""
+    for seed, spread in enumerate((30.0, 300.0, 3000.0)):
+        s = make_sequence(600, kv_format="f32", head_dim=16, spread=spread, seed=seed)
+        s.v[:] = 0
+        for position, rows in ((590, 9), (63, 3), (127, 16)):
+            assert_same_bits(s.attention(isa, position, rows), s.attention("ref", position, rows))
+            alone = np.concatenate([s.attention(isa, position + i, 1) for i in range(rows)])
+            assert_same_bits(s.attention(isa, position, rows), alone)
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST])
+def test_signed_zeros_do_not_depend_on_the_tile(isa: str) -> None:
+    """Values that underflow to -0 must not tell a row alone from a row whose tile adds 0 * v terms."""
+    rng = np.random.default_rng(8)
+    s = make_sequence(48, kv_format="f32", head_dim=16, group=1, spread=30.0)
+    tiny = (rng.choice([-1.0, 1.0], size=(48, 16)) * 1e-45).astype(np.float32)
+    native.kernels_kv_store("ref", "f32", s.k_cache, s.v_cache, 1, s.block_table, 0, s.k.reshape(48, 16), tiny)
+    alone = np.concatenate([s.attention(isa, t, 1) for t in range(48)])
+    chunked = np.concatenate([s.attention(isa, t, 16) for t in range(0, 48, 16)])
+    assert_same_bits(chunked, alone)
+    assert_same_bits(chunked, np.concatenate([s.attention("ref", t, 16) for t in range(0, 48, 16)]))
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST])
+def test_pages_below_the_window_are_never_read(isa: str) -> None:
+    s = make_sequence(700, head_dim=32)
+    for position, rows, window in ((699, 1, 100), (600, 16, 64), (530, 16, 10), (512, 2, 1)):
+        table = s.block_table.copy()
+        table[: (position - window + 1) // PAGE] = -1
+        table[(position + rows - 1) // PAGE + 1 :] = -1
+        freed = s.attention(isa, position, rows, window=window, block_table=table)
+        assert_same_bits(freed, s.attention("ref", position, rows, window=window))
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST])
+def test_garbage_in_unwritten_slots_never_reaches_an_output(isa: str) -> None:
+    """make_sequence leaves NaN behind the last token; here the tail of the table is rewritten with other garbage."""
+    s = make_sequence(40, head_dim=16, kv_format="f32")
+    clean = s.attention(isa, 33, 3)
+    k, v = (c.view(np.float32).reshape(-1, PAGE * 16) for c in (s.k_cache, s.v_cache))
+    last = s.block_table[2]
+    for garbage in (np.nan, np.inf, -np.inf, 3e38):
+        k[last].reshape(16, PAGE)[:, 4:] = garbage  # tokens 36 and later
+        v[last].reshape(PAGE, 16)[4:] = garbage
+        assert_same_bits(s.attention(isa, 33, 3), clean)
+
+
+def merged(isa: str, partial: np.ndarray) -> np.ndarray:
+    """partial [kv_heads, rows, group, splits, head_dim + 2] -> [rows, heads * head_dim]"""
+    return np.concatenate([native.kernels_attention_merge(isa, head) for head in partial], axis=1)
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST])
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_partial_then_merge_is_the_direct_result(isa: str, kv_format: str) -> None:
+    s = make_sequence(1100, kv_format=kv_format, kv_heads=2, group=2, head_dim=24)
+    for position, rows in LONG_SPANS:
+        for window in (0, 300):
+            direct = s.attention(isa, position, rows, window=window)
+            whole = s.attention(isa, position, rows, window=window, partial=True)
+            assert_same_bits(merged(isa, whole), direct)
+            last = (position + rows - 1) // SPLIT
+            pieces = [
+                s.attention(isa, position, rows, window=window, partial=True, split_begin=i, split_end=i + 1)
+                for i in range(last + 1)
+            ]
+            assert_same_bits(merged(isa, np.concatenate(pieces, axis=3)), direct)
+            assert_same_bits(merged("ref", np.concatenate(pieces, axis=3)), direct)
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST])
+def test_nan_in_a_visible_token_is_not_hidden(isa: str) -> None:
+    s = make_sequence(20, head_dim=16, kv_format="f32")
+    s.q[19, :16] = np.nan  # one head of the last row
+    out = s.attention(isa, 17, 3).reshape(3, 3, 16)
+    assert np.isnan(out[2, 0]).all()
+    assert not np.isnan(out[:2]).any()
+    assert not np.isnan(out[2, 1:]).any()
