@@ -26,6 +26,14 @@ void pause_cpu() {
 #endif
 }
 
+int num_allowed_cpus() {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+  return static_cast<int>(std::thread::hardware_concurrency());
+}
+
 // Worker i gets the i-th CPU the process may use. The caller stays free: it is Python's thread, not ours, and what
 // it starts later would inherit its affinity.
 void pin_worker(int thread, int num_threads) {
@@ -48,7 +56,7 @@ void pin_worker(int thread, int num_threads) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads) {
+ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), spin_(num_threads <= num_allowed_cpus()) {
   if (num_threads < 1 || num_threads > 1024) throw std::invalid_argument("num_threads must lie in [1, 1024]");
 }
 
@@ -60,13 +68,15 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::wait_while(std::atomic<int>& word, int value) {
-  const auto deadline = std::chrono::steady_clock::now() + kSpin;
-  do {
-    for (int i = 0; i < 64; ++i) {
-      if (word.load(std::memory_order_acquire) != value) return;
-      pause_cpu();
-    }
-  } while (std::chrono::steady_clock::now() < deadline);
+  if (spin_) {
+    const auto deadline = std::chrono::steady_clock::now() + kSpin;
+    do {
+      for (int i = 0; i < 64; ++i) {
+        if (word.load(std::memory_order_acquire) != value) return;
+        pause_cpu();
+      }
+    } while (std::chrono::steady_clock::now() < deadline);
+  }
   while (word.load(std::memory_order_acquire) == value) word.wait(value, std::memory_order_acquire);
 }
 

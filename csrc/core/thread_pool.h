@@ -44,6 +44,7 @@ class ThreadPool {
   void wait_while(std::atomic<int>& word, int value);
 
   const int num_threads_;
+  const bool spin_;  // not with more threads than CPUs: the one waited for may need ours
   std::vector<std::thread> workers_;
   Task task_ = nullptr;
   void* context_ = nullptr;

@@ -1,0 +1,173 @@
+// The lowered program, built by runtime/cpu/lower.py and stepped by runtime/cpu/runner.py; the machine's features.
+#include "bindings/bindings.h"
+#include "bindings/weight.h"
+#include "core/cpu_features.h"
+#include "program/program.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace setpoint {
+namespace {
+
+template <class T>
+using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using LogitsArray = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+template <class T>
+std::span<const T> span_of(const Vector<T>& v) {
+  return {v.data(), v.size()};
+}
+
+template <class T>
+std::vector<T> copy_of(const Vector<T>& v) {
+  return {v.data(), v.data() + v.size()};
+}
+
+KvFormat kv_format(const std::string& name) {
+  if (name == "f32") return KvFormat::f32;
+  if (name == "f16") return KvFormat::f16;
+  if (name == "bf16") return KvFormat::bf16;
+  throw std::invalid_argument("unknown KV format '" + name + "'; one of f16, bf16, f32");
+}
+
+Activation activation(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  throw std::invalid_argument("unknown activation '" + name + "'");
+}
+
+Program* make_program(const std::string& isa, int num_threads, const std::string& kv, int vocab, int max_tokens, int max_entries, int max_rows,
+                      int max_model_len) {
+  return new Program({isa, num_threads, kv_format(kv), {vocab, max_tokens, max_entries, max_rows, max_model_len}});
+}
+
+void embed(Program& program, const std::string& format, const Bytes& table, float scale, int out) {
+  program.embed(block_format(format), table.data(), table.size(), scale, out);
+}
+
+void matmul(Program& program, const Weight& weight, int in, int out, const std::optional<Vector<float>>& bias, bool accumulate) {
+  program.matmul(weight.matrix.weight(), in, out, bias ? copy_of(*bias) : std::vector<float>(), accumulate);
+}
+
+// `lists` = penalty ids, penalty counts, bias ids, bias values, banned, allowed: flat, indexed by the row records.
+void step(Program& program, const Vector<int32_t>& tokens, const Vector<int32_t>& entry_starts, const Vector<int32_t>& entry_positions,
+          const std::vector<Table>& tables, const Bytes& rows, const Vector<int32_t>& penalty_ids, const Vector<int32_t>& penalty_counts,
+          const Vector<int32_t>& bias_ids, const Vector<float>& bias_values, const Vector<int32_t>& banned, const Vector<int32_t>& allowed,
+          const std::optional<LogitsArray>& logits) {
+  if (rows.size() > 0 && rows.shape(1) != sizeof(RowRecord)) throw std::invalid_argument("rows: records of another layout");
+  if (reinterpret_cast<uintptr_t>(rows.data()) % alignof(RowRecord) != 0) throw std::invalid_argument("rows: misaligned");
+  if (logits && (logits->shape(0) < rows.shape(0) || logits->shape(1) != static_cast<size_t>(program.limits().vocab)))
+    throw std::invalid_argument("logits: must be [rows, vocab]");
+  std::vector<BlockTables> views;
+  for (const Table& table : tables) {
+    if (table.shape(0) < entry_positions.size()) throw std::invalid_argument("block tables: one row per entry");
+    views.push_back({table.data(), static_cast<int>(table.shape(1))});
+  }
+  StepInputs inputs;
+  inputs.tokens = span_of(tokens);
+  inputs.entry_starts = span_of(entry_starts);
+  inputs.entry_positions = span_of(entry_positions);
+  inputs.tables = views;
+  inputs.rows = {reinterpret_cast<const RowRecord*>(rows.data()), rows.shape(0)};
+  inputs.penalty_ids = span_of(penalty_ids);
+  inputs.penalty_counts = span_of(penalty_counts);
+  inputs.bias_ids = span_of(bias_ids);
+  inputs.bias_values = span_of(bias_values);
+  inputs.banned = span_of(banned);
+  inputs.allowed = span_of(allowed);
+  inputs.logits = logits ? logits->data() : nullptr;
+  const nb::gil_scoped_release release;
+  program.step(inputs);
+}
+
+nb::ndarray<nb::numpy, const uint8_t> outputs(nb::handle_t<Program> self) {
+  const Program& program = nb::cast<const Program&>(self);
+  const size_t rows = static_cast<size_t>(program.limits().max_rows);
+  return nb::ndarray<nb::numpy, const uint8_t>(reinterpret_cast<const uint8_t*>(program.outputs()), {rows, sizeof(RowOutput)}, self);
+}
+
+nb::dict seconds(const Program& program) {
+  static const char* const names[kStageKinds] = {"rows", "matmul", "attention", "head"};
+  nb::dict result;
+  for (int i = 0; i < kStageKinds; ++i) result[names[i]] = program.seconds()[static_cast<size_t>(i)];
+  return result;
+}
+
+std::vector<std::string> features() {
+  std::vector<std::string> names;
+  if (cpu_features().avx2) names.emplace_back("avx2");
+  if (cpu_features().avx512_vnni) names.emplace_back("avx512_vnni");
+  if (cpu_features().avx512_bf16) names.emplace_back("avx512_bf16");
+  return names;
+}
+
+// CPUs this process may run on: affinity masks and containers count, machine size does not.
+int num_cpus() {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+  const unsigned count = std::thread::hardware_concurrency();
+  return count == 0 ? 1 : static_cast<int>(count);
+}
+
+}  // namespace
+
+void bind_program(nb::module_& m) {
+  m.def("cpu_features", &features, "Names of the instruction sets this CPU and operating system can run.");
+  m.def("num_cpus", &num_cpus, "CPUs that this process may run on.");
+  m.attr("ROW_RECORD_BYTES") = sizeof(RowRecord);
+  m.attr("ROW_OUTPUT_BYTES") = sizeof(RowOutput);
+
+  nb::class_<Program>(m, "Program", "A lowered model. Slots, KV groups, layers and rope tables are numbered from 0.")
+      .def(nb::new_(&make_program), "isa"_a, "num_threads"_a, "kv_format"_a, "vocab"_a, "max_tokens"_a, "max_entries"_a, "max_rows"_a,
+           "max_model_len"_a)
+      .def("slot", &Program::slot, "width"_a)
+      .def("kv_group", &Program::kv_group, "num_blocks"_a, "window"_a)
+      .def("kv_layer", &Program::kv_layer, "group"_a, "kv_heads"_a, "head_dim"_a)
+      .def("rope_table", [](Program& p, const Vector<float>& inv_freq, float factor) { return p.rope_table(copy_of(inv_freq), factor); },
+           "inv_freq"_a, "factor"_a)
+      .def("embed", &embed, nb::keep_alive<1, 3>(), "format"_a, "table"_a, "scale"_a, "out"_a)
+      .def("rms_norm", [](Program& p, int in, const Vector<float>& weight, float eps, int out) { p.rms_norm(in, copy_of(weight), eps, out); },
+           "in_"_a, "weight"_a, "eps"_a, "out"_a)
+      .def("head_norm", [](Program& p, int slot, const Vector<float>& weight, float eps) { p.head_norm(slot, copy_of(weight), eps); }, "slot"_a,
+           "weight"_a, "eps"_a)
+      .def("rope", &Program::rope, "slot"_a, "head_dim"_a, "table"_a)
+      .def("matmul", &matmul, nb::keep_alive<1, 2>(), "weight"_a, "in_"_a, "out"_a, "bias"_a = nb::none(), "accumulate"_a = false)
+      .def("kv_store", &Program::kv_store, "layer"_a, "k"_a, "v"_a)
+      .def("attention", &Program::attention, "layer"_a, "scale"_a, "q"_a, "out"_a)
+      .def("gated_multiply", [](Program& p, const std::string& act, int gate, int up) { p.gated_multiply(activation(act), gate, up); }, "act"_a,
+           "gate"_a, "up"_a)
+      .def("add", &Program::add, "in_"_a, "out"_a)
+      .def("head", [](Program& p, int in, const Vector<float>& norm, float eps, const Weight& weight) { p.head(in, copy_of(norm), eps, weight.matrix.weight()); },
+           nb::keep_alive<1, 5>(), "in_"_a, "norm"_a, "eps"_a, "weight"_a)
+      .def("step", &step, "tokens"_a, "entry_starts"_a, "entry_positions"_a, "tables"_a, "rows"_a, "penalty_ids"_a, "penalty_counts"_a,
+           "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "logits"_a = nb::none(),
+           "Runs one step without the GIL. Raises ValueError on inputs out of bounds, before anything is computed.")
+      .def_prop_ro("outputs", &outputs, "uint8 [max_rows, ROW_OUTPUT_BYTES]: records of the last step's rows; rewritten by the next.")
+      .def("set_profiling", &Program::set_profiling, "on"_a)
+      .def_prop_ro("seconds", &seconds, "Seconds spent per kind of stage while profiling.")
+      .def_prop_ro("isa", &Program::isa)
+      .def_prop_ro("num_threads", &Program::num_threads)
+      .def_prop_ro("kv_bytes", &Program::kv_bytes);
+}
+
+}  // namespace setpoint

@@ -1,0 +1,73 @@
+#include "program/matmul_stage.h"
+
+#include <algorithm>
+
+namespace setpoint {
+
+namespace {
+
+constexpr int kStaticRows = 8;   // up to here the weights are the traffic
+constexpr int kTileRows = 256;   // activations of a chunk stay in L2
+constexpr int kMaxChunkPanels = 16;
+
+}  // namespace
+
+void run_matmul(const KernelTable& kernels, const MatmulArgs& args) {
+  switch (args.weight->codes) {
+    case Codes::u4: return kernels.matmul_u4(args);
+    case Codes::u8: return kernels.matmul_u8(args);
+    default: return kernels.matmul_float(args);
+  }
+}
+
+void MatmulSchedule::reset(int rows, int panels, int threads) {
+  rows_ = rows;
+  panels_ = panels;
+  threads_ = threads;
+  next_.store(0, std::memory_order_relaxed);
+  row_tiles_ = (rows + kTileRows - 1) / kTileRows;
+  chunk_panels_ = 0;
+  if (rows <= kStaticRows) return;
+  // About eight chunks a thread, in units of four panels: the widest tile of the kernels.
+  chunk_panels_ = std::clamp(panels * row_tiles_ / (8 * threads) / 4 * 4, 4, kMaxChunkPanels);
+}
+
+bool MatmulStage::accepts(int in, bool quantized, const Item& item) const {
+  return in == in_ && quantized == quantized_ && item.out != in_ &&
+         std::none_of(items_.begin(), items_.end(), [&](const Item& other) { return other.out == item.out; });
+}
+
+void MatmulStage::add(Item item) {
+  panels_ += item.weight.panels();
+  items_.push_back(std::move(item));
+}
+
+void MatmulStage::run(const Step& step, int thread) {
+  FloatRows& in = step.work.slots[static_cast<size_t>(in_)];
+  MatmulArgs args;
+  args.x = in.values.data();
+  args.x_stride = in.stride;
+  args.q = step.work.quantized.view();
+  schedule_.run(thread, [&](int row_begin, int row_end, int panel_begin, int panel_end) {
+    args.row_begin = row_begin;
+    args.row_end = row_end;
+    for (const Item& item : items_) {  // the panels of all items in a row, as one range
+      const int panels = item.weight.panels();
+      args.panel_begin = std::max(0, panel_begin);
+      args.panel_end = std::min(panels, panel_end);
+      if (args.panel_begin < args.panel_end) {
+        FloatRows& out = step.work.slots[static_cast<size_t>(item.out)];
+        args.weight = &item.weight;
+        args.out = out.values.data();
+        args.out_stride = out.stride;
+        args.bias = item.bias.empty() ? nullptr : item.bias.data();
+        args.accumulate = item.accumulate;
+        run_matmul(step.kernels, args);
+      }
+      panel_begin -= panels;
+      panel_end -= panels;
+    }
+  });
+}
+
+}  // namespace setpoint
