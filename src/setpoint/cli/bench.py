@@ -68,9 +68,7 @@ def engine(
     finally:
         assembly.engine.shutdown()
     if not json:
-        print(
-            f"{'batch':>5} {'prefill tok/s':>14} {'decode tok/s':>13} {'TTFT ms':>9} {'TPOT ms':>8} {'weights GB/s':>13}"
-        )
+        print("batch  prefill tok/s  decode tok/s   TTFT ms  TPOT ms  weights GB/s")
         for row in rows:
             print(
                 f"{row.batch:>5} {row.prefill_tok_s:>14.1f} {row.decode_tok_s:>13.1f} {row.ttft_ms:>9.1f} "

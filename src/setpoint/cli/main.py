@@ -24,8 +24,9 @@ COMMANDS = {  # name -> (module, what it does)
 }
 
 EXIT_CODES = """\
-Exit codes: 0 ok or drained, 1 a check failed, 2 configuration or usage, 3 model, 4 port in use, 70 engine, 130 interrupted.
-Environment: SETPOINT_API_KEY, SETPOINT_CACHE_DIR, SETPOINT_LOG_LEVEL; the hub's own (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE)."""
+Exit codes: 0 ok or drained, 1 a check failed, 2 configuration or usage, 3 model, 4 port in use, 70 engine,
+130 interrupted.
+Environment: SETPOINT_API_KEY, SETPOINT_CACHE_DIR, SETPOINT_LOG_LEVEL; the hub's own HF_HOME, HF_TOKEN, HF_HUB_OFFLINE."""
 
 
 def help_text() -> str:
