@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from setpoint.errors import UnsupportedModelError
 from setpoint.text.source import TokenizerSource
 
 
@@ -77,6 +78,22 @@ class Checkpoint(Protocol):
         """Release the files. Views handed out before stay valid until they are dropped."""
 
 
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLE_ADVICE = "loading it would run code from the file; use the model's safetensors or GGUF files instead"
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a `.gguf` file (any part of a split one) or a Hugging Face directory."""
-    raise NotImplementedError
+    """Open a `.gguf` file (any part of a split one) or a Hugging Face directory.
+
+    Raises ModelNotFoundError, ModelFileError, or UnsupportedModelError with the remedy.
+    """
+    from setpoint.loaders.gguf_checkpoint import GGUFCheckpoint
+    from setpoint.loaders.safetensors import SafetensorsCheckpoint
+
+    if path.is_dir():
+        return SafetensorsCheckpoint(path)
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise UnsupportedModelError(f"{path.name} is a pickle file: {PICKLE_ADVICE}")
+    if path.suffix.lower() == ".safetensors":
+        raise UnsupportedModelError(f"{path.name}: give the directory that holds it and its config.json")
+    return GGUFCheckpoint(path)

@@ -1,4 +1,4 @@
-"""Where a tokenizer comes from, as plain data: the seam between `loaders` (which reads it) and `text` (which builds it)."""
+"""Where a tokenizer comes from, as plain data: read by `loaders`, built by `text`."""
 
 from __future__ import annotations
 
