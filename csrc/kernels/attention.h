@@ -28,6 +28,7 @@
 namespace setpoint {
 
 constexpr int kLane16 = 16;
+constexpr int kAttentionTileQueries = 6;  // (row, head) pairs that share a load of K and V in the x86 variants
 
 struct TokenRange {
   int begin, end;

@@ -79,7 +79,7 @@ void write_result(const State& total, int head_dim, float* out) {
 
 size_t attention_scratch_floats(int rows, int group, int head_dim) {
   const size_t queries = static_cast<size_t>(rows) * group;
-  return 2 * queries * padded_head_dim(head_dim);  // o of the split and of the row
+  return (queries + kAttentionTileQueries) * padded_head_dim(head_dim) + 2 * queries;  // see x86/attention_lanes.h
 }
 
 void ref_kv_store(const KvStoreArgs& a) {

@@ -1,8 +1,22 @@
-// Row operations and attention for this ISA: none yet, the table keeps what it inherited.
 #include "kernels/kernels.h"
+// Lanes first: the other headers are written in them.
+#include "kernels/x86/lanes_avx512.h"
+
+#include "kernels/x86/lanes_math.h"
+#include "kernels/x86/layers_lanes.h"
 
 namespace setpoint {
 
-void register_avx512_layers(KernelTable&) {}
+void register_avx512_attention(KernelTable& t);
+
+void register_avx512_layers(KernelTable& t) {
+  t.rms_norm = rms_norm;
+  t.rope = rope;
+  t.silu_mul = silu_mul;
+  t.gelu_tanh_mul = gelu_tanh_mul;
+  t.add = add_rows;
+  t.exp = exp_values;
+  register_avx512_attention(t);
+}
 
 }  // namespace setpoint

@@ -1,0 +1,23 @@
+#include <type_traits>
+
+#include "kernels/attention.h"
+#include "kernels/x86/lanes_avx512.h"
+
+#include "kernels/x86/lanes_math.h"
+
+namespace setpoint {
+namespace {
+
+// 32 registers: 24 accumulators, 4 vectors of K or V, a broadcast. The four-cycle FMA needs at least four chains.
+constexpr int kMaxScoreVectors = 24, kMaxOutVectors = 24;
+
+}  // namespace
+}  // namespace setpoint
+
+#include "kernels/x86/attention_lanes.h"
+
+namespace setpoint {
+
+void register_avx512_attention(KernelTable& t) { register_attention(t); }
+
+}  // namespace setpoint
