@@ -66,7 +66,7 @@ def flags(config: Mapping[str, Any], key: str, length: int) -> list[Any] | None:
 
 def activation(config: Mapping[str, Any], key: str, allowed: Mapping[str, Any], default: str) -> Any:
     value = config.get(key) or default
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise UnsupportedModelError(f"activation '{value}' is not supported here; supported: {', '.join(allowed)}")
     return allowed[value]
 
