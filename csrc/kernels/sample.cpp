@@ -12,8 +12,10 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace setpoint {
 namespace {
@@ -38,7 +40,7 @@ int tiles_of(int n) { return (n + kTile - 1) / kTile; }
 // Ascending with the float; -0 and +0 are one value.
 uint32_t order_key(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x + 0.f);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
 }
 
 // Natural logarithm by the atanh series: no libm, whose variants differ from CPU to CPU. x is normal and positive.
@@ -127,41 +129,37 @@ struct Cut {
 };
 
 // The smallest set of most likely candidates whose amounts reach `target` (amounts null: 1 each). A radix selection:
-// histogram the leading bits, find the bin in which the running total crosses the target, refine inside it.
-Cut smallest_set(const float* values, const float* amounts, int n, double target, double* bins) {
-  uint32_t prefix = 0, mask = 0;
-  double above = 0, tie_amount = 1;
+// histogram the leading bits, find the bin in which the running total crosses the target, go on inside that bin.
+Cut smallest_set(const float* amounts, int n, double target, SampleScratch& s) {
+  uint32_t key = 0;
+  double above = 0;
+  std::iota(s.picks.get(), s.picks.get() + n, 0);
   for (const auto& [shift, width] : {std::pair{21, 11}, {10, 11}, {0, 10}}) {
     const uint32_t last = (1u << width) - 1;
-    std::fill_n(bins, last + 1, 0.0);
-    for (int i = 0; i < n; ++i) {
-      const uint32_t key = order_key(values[i]);
-      if ((key & mask) == prefix) {
-        bins[(key >> shift) & last] += amounts ? amounts[i] : 1.0;
-        if (shift == 0 && amounts && (key & mask) == prefix) tie_amount = amounts[i];
-      }
-    }
+    const auto bin_of = [&](int pick) { return order_key(s.values[pick]) >> shift & last; };
+    std::fill_n(s.bins.get(), last + 1, 0.0);
+    for (int i = 0; i < n; ++i) s.bins[bin_of(s.picks[i])] += amounts ? amounts[s.picks[i]] : 1.0;
     // When rounding leaves the target out of reach, the lowest bin in use holds the cut.
     uint32_t chosen = last;
-    double above_chosen = above;
+    double reached = above;
     for (uint32_t bin = last + 1; bin-- > 0;) {
-      if (bins[bin] == 0.0) continue;
+      if (s.bins[bin] == 0.0) continue;
       chosen = bin;
-      above_chosen = above;
-      if (above + bins[bin] >= target) break;
-      above += bins[bin];
+      above = reached;
+      reached += s.bins[bin];
+      if (reached >= target) break;
     }
-    above = above_chosen;
-    prefix |= chosen << shift;
-    mask |= last << shift;
+    key |= chosen << shift;
+    int matched = 0;
+    for (int i = 0; i < n; ++i) {
+      const int pick = s.picks[i];
+      s.picks[matched] = pick;
+      matched += bin_of(pick) == chosen;
+    }
+    n = matched;
   }
-  if (amounts)
-    for (int i = 0; i < n; ++i)
-      if (order_key(values[i]) == prefix) {
-        tie_amount = amounts[i];
-        break;
-      }
-  return {prefix, std::max(1.0, std::ceil((target - above) / tie_amount))};
+  const double tie_amount = amounts ? amounts[s.picks[0]] : 1.0;
+  return {key, std::max(1.0, std::ceil((target - above) / tie_amount))};
 }
 
 int keep(const Cut& cut, int n, SampleScratch& s) {
@@ -169,11 +167,11 @@ int keep(const Cut& cut, int n, SampleScratch& s) {
   double ties = cut.ties;
   for (int i = 0; i < n; ++i) {
     const uint32_t key = order_key(s.values[i]);
-    if (key < cut.key || (key == cut.key && ties-- <= 0)) continue;
     s.ids[kept] = s.ids[i];
     s.values[kept] = s.values[i];
-    s.weights[kept] = s.weights[i];
-    ++kept;
+    const bool tied = key == cut.key;
+    kept += (key > cut.key) | (tied & (ties > 0));  // no branch: it would be a random one
+    ties -= tied;
   }
   return kept;
 }
@@ -188,63 +186,75 @@ int32_t first_maximum(const float* x, int vocab, float max, const SampleScratch&
   return i;
 }
 
-// First index whose running total exceeds the rest; the last one with a weight when rounding eats the end.
-template <class Weight>
-int walk(const Weight* weights, int n, double& rest) {
+// The index in which the running total passes `rest`; `rest` becomes what is left at its begin.
+// Where rounding eats the end of the range, the last index with a weight.
+int walk(const float* weights, int n, double& rest) {
   int last = 0;
-  double last_rest = 0;
   for (int i = 0; i < n; ++i) {
     if (!(weights[i] > 0)) continue;
-    if (rest < weights[i]) return i;
     last = i;
-    last_rest = weights[i];
+    if (rest < weights[i]) return i;
     rest -= weights[i];
   }
-  rest = last_rest;
+  rest = weights[last];
   return last;
 }
 
-double sum_in_order(const float* x, int n) {
-  double sum = 0;
-  for (int i = 0; i < n; ++i) sum += x[i];
-  return sum;
+// Softmax over a row of logits, as weights relative to the most likely token (whose weight is exactly 1).
+struct Softmax {
+  float max, inverse_temperature, floor;
+
+  double total(const float* x, int n, SampleScratch& s) const {
+    s.scans->weights(x, n, max, inverse_temperature, floor, s.weights.get(), s.tile_sum.get());
+    double sum = 0;
+    for (int t = 0; t < tiles_of(n); ++t) sum += s.tile_sum[t];
+    return sum;
+  }
+
+  // Inverse of the cumulative distribution in index order: first the tile, then the index in it.
+  int draw(const float* x, int n, double uniform, SampleScratch& s) const {
+    double rest = uniform * total(x, n, s);
+    const int first = walk(s.tile_sum.get(), tiles_of(n), rest) * kTile;
+    return first + walk(s.weights.get() + first, std::min(kTile, n - first), rest);
+  }
+};
+
+// All tokens that the set of mass top_p can need: those below `least` hold less than 1 - top_p together.
+int gather_mass(const float* x, int vocab, double top_p, double total, SampleScratch& s) {
+  const float least = std::max(FLT_MIN, static_cast<float>(0.5 * (1.0 - top_p) * total / vocab));  // 0.5: rounding
+  int n = 0;
+  for (int t = 0; t < tiles_of(vocab); ++t) {
+    if (s.tile_sum[t] < least) continue;
+    const int end = std::min(vocab, (t + 1) * kTile);
+    for (int i = t * kTile; i < end; ++i) {
+      const float weight = s.weights[i];
+      s.ids[n] = i;
+      s.values[n] = x[i];
+      s.weights[n] = weight;
+      n += weight >= least;
+    }
+  }
+  return n;
 }
 
 int32_t draw(const SampleArgs& a, float max, SampleScratch& s) {
-  const float inverse = std::min(1.f / a.temperature, FLT_MAX);
-  const double u = random_uniform(a.seed, a.position);
+  const Softmax softmax{max, std::min(1.f / a.temperature, FLT_MAX), std::min(a.min_p, 1.f)};
+  const double uniform = random_uniform(a.seed, a.position);
+  const double top_p = std::max(a.top_p, 0.f);
+  const bool by_rank = a.top_k > 0 && a.top_k < a.vocab, by_mass = a.top_p < 1.f;
+  if (!by_rank && !by_mass) return softmax.draw(a.logits, a.vocab, uniform, s);
   int n = 0;
   double total = 0;
-  if (a.top_k > 0 && a.top_k < a.vocab) {
+  if (by_rank) {
     n = gather_top(a.logits, a.vocab, a.top_k, s);
-    n = keep(smallest_set(s.values.get(), nullptr, n, a.top_k, s.bins.get()), n, s);
-    s.scans->weights(s.values.get(), n, max, inverse, a.min_p, s.weights.get(), s.tile_sum.get());
-    total = sum_in_order(s.weights.get(), n);
+    n = keep(smallest_set(nullptr, n, a.top_k, s), n, s);
+    if (by_mass) total = softmax.total(s.values.get(), n, s);
   } else {
-    s.scans->weights(a.logits, a.vocab, max, inverse, a.min_p, s.weights.get(), s.tile_sum.get());
-    total = sum_in_order(s.tile_sum.get(), tiles_of(a.vocab));
-    if (!(a.top_p < 1.f)) {
-      double rest = u * total;
-      const int first = walk(s.tile_sum.get(), tiles_of(a.vocab), rest) * kTile;
-      return first + walk(s.weights.get() + first, std::min(kTile, a.vocab - first), rest);
-    }
-    // Tokens below this weight hold less than 1 - top_p together, so the set never needs them (halved for rounding).
-    const float least = std::max(FLT_MIN, static_cast<float>(0.5 * (1.0 - a.top_p) * total / a.vocab));
-    for (int i = 0; i < a.vocab; ++i) {
-      const float w = s.weights[i];
-      s.ids[n] = i;
-      s.values[n] = a.logits[i];
-      s.weights[n] = w;
-      n += w >= least;
-    }
+    total = softmax.total(a.logits, a.vocab, s);
+    n = gather_mass(a.logits, a.vocab, top_p, total, s);
   }
-  if (a.top_p < 1.f) {
-    const double target = static_cast<double>(a.top_p) * total;
-    n = keep(smallest_set(s.values.get(), s.weights.get(), n, target, s.bins.get()), n, s);
-    total = sum_in_order(s.weights.get(), n);
-  }
-  double rest = u * total;
-  return s.ids[walk(s.weights.get(), n, rest)];
+  if (by_mass) n = keep(smallest_set(s.weights.get(), n, top_p * total, s), n, s);
+  return s.ids[softmax.draw(s.values.get(), n, uniform, s)];
 }
 
 // -------------------------------------------------------------------------------------------------------- logprobs
@@ -256,12 +266,11 @@ struct LogSoftmax {
 
 // Reads tile_max of the raw logits, so it runs before they are processed. Overwrites the candidate set.
 LogSoftmax report_top(const SampleArgs& a, float max, SampleScratch& s, SampleResult& result) {
-  s.scans->weights(a.logits, a.vocab, max, 1.f, 0.f, s.weights.get(), s.tile_sum.get());
-  const LogSoftmax logprob{max, natural_log(sum_in_order(s.tile_sum.get(), tiles_of(a.vocab)))};
+  const LogSoftmax logprob{max, natural_log(Softmax{max, 1.f, 0.f}.total(a.logits, a.vocab, s))};
   const int wanted = std::min({a.num_logprobs, kMaxLogprobs, a.vocab});
   if (wanted <= 0) return logprob;
   int n = gather_top(a.logits, a.vocab, wanted, s);
-  if (n > wanted) n = keep(smallest_set(s.values.get(), nullptr, n, wanted, s.bins.get()), n, s);
+  if (n > wanted) n = keep(smallest_set(nullptr, n, wanted, s), n, s);
   for (int i = 0; i < n; ++i) {  // insertion sort; equal values stay in id order
     int at = i;
     for (; at > 0 && s.values[at - 1] < s.values[at]; --at) {
@@ -294,6 +303,7 @@ SampleScratch::SampleScratch(int vocab, const char* isa)
       values(new float[vocab]),
       weights(new float[vocab]),
       ids(new int32_t[vocab]),
+      picks(new int32_t[vocab]),
       tile_max(new float[tiles_of(vocab)]),
       tile_order(new float[tiles_of(vocab)]),
       tile_sum(new float[tiles_of(vocab)]),

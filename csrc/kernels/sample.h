@@ -54,7 +54,7 @@ struct SampleResult {
 
 struct SampleScans;  // the vector loops of one ISA: sample_scan.h
 
-// Buffers of one thread: about 16 bytes per vocabulary entry. Allocated here, never in sample_row.
+// Buffers of one thread: about 20 bytes per vocabulary entry. Allocated here, never in sample_row.
 // isa: "auto", "ref", "avx2" or "avx512_vnni"; throws std::runtime_error when the CPU lacks it.
 struct SampleScratch {
   explicit SampleScratch(int vocab, const char* isa = "auto");
@@ -66,6 +66,7 @@ struct SampleScratch {
   std::unique_ptr<float[]> values;      // [vocab] logits of the candidates
   std::unique_ptr<float[]> weights;     // [vocab] exp((logit - max) / temperature), by id or by candidate
   std::unique_ptr<int32_t[]> ids;       // [vocab] candidates, ascending
+  std::unique_ptr<int32_t[]> picks;     // [vocab] candidates that a selection still weighs
   std::unique_ptr<float[]> tile_max;    // [tiles]
   std::unique_ptr<float[]> tile_order;  // [tiles] copy to select from
   std::unique_ptr<float[]> tile_sum;    // [tiles]
