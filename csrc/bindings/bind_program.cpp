@@ -67,11 +67,12 @@ void matmul(Program& program, const Weight& weight, int in, int out, const std::
   program.matmul(weight.matrix.weight(), in, out, bias ? copy_of(*bias) : std::vector<float>(), accumulate);
 }
 
-// `lists` = penalty ids, penalty counts, bias ids, bias values, banned, allowed: flat, indexed by the row records.
-void step(Program& program, const Vector<int32_t>& tokens, const Vector<int32_t>& entry_starts, const Vector<int32_t>& entry_positions,
-          const std::vector<Table>& tables, const Bytes& rows, const Vector<int32_t>& penalty_ids, const Vector<int32_t>& penalty_counts,
-          const Vector<int32_t>& bias_ids, const Vector<float>& bias_values, const Vector<int32_t>& banned, const Vector<int32_t>& allowed,
-          const std::optional<LogitsArray>& logits) {
+// Program::step or Program::check over numpy arrays; the last six are flat lists that the row records index.
+template <void (Program::*Run)(const StepInputs&)>
+void with_inputs(Program& program, const Vector<int32_t>& tokens, const Vector<int32_t>& entry_starts, const Vector<int32_t>& entry_positions,
+                 const std::vector<Table>& tables, const Bytes& rows, const Vector<int32_t>& penalty_ids, const Vector<int32_t>& penalty_counts,
+                 const Vector<int32_t>& bias_ids, const Vector<float>& bias_values, const Vector<int32_t>& banned, const Vector<int32_t>& allowed,
+                 const std::optional<LogitsArray>& logits) {
   if (rows.size() > 0 && rows.shape(1) != sizeof(RowRecord)) throw std::invalid_argument("rows: records of another layout");
   if (reinterpret_cast<uintptr_t>(rows.data()) % alignof(RowRecord) != 0) throw std::invalid_argument("rows: misaligned");
   if (logits && (logits->shape(0) < rows.shape(0) || logits->shape(1) != static_cast<size_t>(program.limits().vocab)))
@@ -95,7 +96,7 @@ void step(Program& program, const Vector<int32_t>& tokens, const Vector<int32_t>
   inputs.allowed = span_of(allowed);
   inputs.logits = logits ? logits->data() : nullptr;
   const nb::gil_scoped_release release;
-  program.step(inputs);
+  (program.*Run)(inputs);
 }
 
 nb::ndarray<nb::numpy, const uint8_t> outputs(nb::handle_t<Program> self) {
@@ -159,9 +160,12 @@ void bind_program(nb::module_& m) {
       .def("add", &Program::add, "in_"_a, "out"_a)
       .def("head", [](Program& p, int in, const Vector<float>& norm, float eps, const Weight& weight) { p.head(in, copy_of(norm), eps, weight.matrix.weight()); },
            nb::keep_alive<1, 5>(), "in_"_a, "norm"_a, "eps"_a, "weight"_a)
-      .def("step", &step, "tokens"_a, "entry_starts"_a, "entry_positions"_a, "tables"_a, "rows"_a, "penalty_ids"_a, "penalty_counts"_a,
-           "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "logits"_a = nb::none(),
+      .def("step", &with_inputs<&Program::step>, "tokens"_a, "entry_starts"_a, "entry_positions"_a, "tables"_a, "rows"_a, "penalty_ids"_a,
+           "penalty_counts"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "logits"_a = nb::none(),
            "Runs one step without the GIL. Raises ValueError on inputs out of bounds, before anything is computed.")
+      .def("check", &with_inputs<&Program::check>, "tokens"_a, "entry_starts"_a, "entry_positions"_a, "tables"_a, "rows"_a, "penalty_ids"_a,
+           "penalty_counts"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "logits"_a = nb::none(),
+           "Raises what step would raise, and computes nothing.")
       .def_prop_ro("outputs", &outputs, "uint8 [max_rows, ROW_OUTPUT_BYTES]: records of the last step's rows; rewritten by the next.")
       .def("set_profiling", &Program::set_profiling, "on"_a)
       .def_prop_ro("seconds", &seconds, "Seconds spent per kind of stage while profiling.")

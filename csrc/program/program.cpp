@@ -165,9 +165,13 @@ void Program::run_stages(const Step& step, int thread) {
   }
 }
 
-void Program::step(const StepInputs& inputs) {
+void Program::check(const StepInputs& inputs) {
   require(head_ != nullptr, "the program has no head yet");
   batch_->load(inputs);
+}
+
+void Program::step(const StepInputs& inputs) {
+  check(inputs);
   const Step step{kernels_, *batch_, kv_, work_, pool_};
   for (const auto& stage : stages_) stage->prepare(step);
   if (!profiling_) {

@@ -46,6 +46,7 @@ class Program {
   // One step. Throws std::invalid_argument on bad inputs before anything has run.
   // The rows' outputs stay valid until the next step.
   void step(const StepInputs& inputs);
+  void check(const StepInputs& inputs);  // throws what step would throw, runs nothing
   const RowOutput* outputs() const { return head_->outputs(); }
 
   const Limits& limits() const { return limits_; }

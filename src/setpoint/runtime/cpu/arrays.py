@@ -1,0 +1,136 @@
+"""A step's plan as the arrays of `_native.Program.step`. Record layouts are those of csrc/program (batch.h, head.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from setpoint import _native
+from setpoint.engine.plan import LogitsRow, PlanEntry, RowSampling
+
+LOGPROBS = 20
+ROW_RECORD = np.dtype(
+    [("seed", "u8"), ("position", "i8")]
+    + [(name, "f4") for name in ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")]
+    + [(name, "i4") for name in ("token", "top_k", "target", "num_logprobs")]
+    + [(f"{name}_{end}", "i4") for name in ("penalty", "bias", "banned", "allowed") for end in ("begin", "end")]
+)
+ROW_OUTPUT = np.dtype(
+    [
+        ("token", "i4"),
+        ("logprob", "f4"),
+        ("rank", "i4"),
+        ("finite", "i4"),
+        ("num_top", "i4"),
+        ("top_ids", "i4", (LOGPROBS,)),
+        ("top_logprobs", "f4", (LOGPROBS,)),
+    ]
+)
+if (ROW_RECORD.itemsize, ROW_OUTPUT.itemsize) != (_native.ROW_RECORD_BYTES, _native.ROW_OUTPUT_BYTES):
+    raise ImportError("setpoint._native was built from other sources; rebuild it")
+
+GREEDY = RowSampling(temperature=0.0)
+
+
+class StepArrays:
+    """Buffers that live as long as the runner. `load` raises ValueError, TypeError or OverflowError on odd values."""
+
+    def __init__(self, num_groups: int, max_entries: int, max_model_len: int, block_size: int) -> None:
+        self._block_size = block_size
+        width = -(-max_model_len // block_size)
+        self._tables = [np.full((max_entries, width), -1, np.int32) for _ in range(num_groups)]
+        self.num_rows = 0
+        self.arguments: tuple[Any, ...] = ()  # of Program.step, up to `logits`
+
+    def load(self, entries: Sequence[PlanEntry]) -> None:
+        tokens: list[int] = []
+        starts = [0]
+        rows = _Rows()
+        if len(entries) > len(self._tables[0]):
+            raise ValueError("more entries than max_num_seqs")
+        for index, entry in enumerate(entries):
+            for row in entry.rows:
+                if not 0 <= row.offset < len(entry.token_ids):
+                    raise ValueError(f"entry {index}: row offset {row.offset} outside its tokens")
+                rows.append(starts[-1] + row.offset, row)
+            tokens += entry.token_ids
+            starts.append(len(tokens))
+            self._load_tables(index, entry)
+        self.num_rows = len(rows.records)
+        self.arguments = (
+            np.array(tokens, np.int32),
+            np.array(starts, np.int32),
+            np.array([entry.start for entry in entries], np.int32),
+            self._tables,
+            *rows.arrays(),
+        )
+
+    def _load_tables(self, index: int, entry: PlanEntry) -> None:
+        needed = -(-(entry.start + len(entry.token_ids)) // self._block_size)
+        for table, blocks in zip(self._tables, entry.block_tables, strict=True):
+            if len(blocks) < needed:
+                raise ValueError(f"entry {index}: its block table is too short")
+            table[index, :needed] = blocks if len(blocks) == needed else blocks[:needed]
+
+
+class _Rows:
+    """Row records and the flat lists that they index."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[int | float, ...]] = []
+        self.penalty_ids: list[int] = []
+        self.penalty_counts: list[int] = []
+        self.bias_ids: list[int] = []
+        self.bias_values: list[float] = []
+        self.banned: list[int] = []
+        self.allowed: list[int] = []
+
+    def append(self, token: int, row: LogitsRow) -> None:
+        sampling = row.sampling or GREEDY
+        begins = len(self.penalty_ids), len(self.bias_ids), len(self.banned), len(self.allowed)
+        self.penalty_ids += sampling.penalty_ids
+        self.penalty_counts += sampling.penalty_counts
+        self.bias_ids += sampling.bias_ids
+        self.bias_values += sampling.bias_values
+        self.banned += sampling.banned_ids
+        if sampling.allowed_ids is not None:
+            self.allowed += sampling.allowed_ids
+        self.records.append(
+            (
+                sampling.seed,
+                sampling.position,
+                sampling.temperature,
+                sampling.top_p,
+                sampling.min_p,
+                sampling.repetition_penalty,
+                sampling.frequency_penalty,
+                sampling.presence_penalty,
+                token,
+                sampling.top_k,
+                -1 if row.target is None else row.target,
+                -1 if row.num_logprobs is None else row.num_logprobs,
+                begins[0],
+                len(self.penalty_ids),
+                begins[1],
+                len(self.bias_ids),
+                begins[2],
+                len(self.banned),
+                begins[3],
+                -1 if sampling.allowed_ids is None else len(self.allowed),
+            )
+        )
+
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        records = np.array(self.records, ROW_RECORD).view(np.uint8).reshape(len(self.records), ROW_RECORD.itemsize)
+        return (
+            records,
+            np.array(self.penalty_ids, np.int32),
+            np.array(self.penalty_counts, np.int32),
+            np.array(self.bias_ids, np.int32),
+            np.array(self.bias_values, np.float32),
+            np.array(self.banned, np.int32),
+            np.array(self.allowed, np.int32),
+        )

@@ -1,0 +1,133 @@
+"""The CPU backend: plans in, results out, one native call a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from setpoint.engine.plan import (
+    EntryResult,
+    LogitsRow,
+    PlanEntry,
+    RowResult,
+    RunnerInfo,
+    StepPlan,
+    StepResult,
+)
+from setpoint.errors import EngineError
+from setpoint.loaders.checkpoint import Checkpoint
+from setpoint.models.spec import Model
+from setpoint.runtime.cpu.arrays import ROW_OUTPUT, StepArrays
+from setpoint.runtime.cpu.kv_layout import BLOCK_TOKENS, divide, group_shapes
+from setpoint.runtime.cpu.lower import ProgramOptions, lower
+
+_BAD_INPUT = (ValueError, TypeError, OverflowError)
+_NO_ROWS = EntryResult()
+
+
+class CpuRunner:
+    """A model on the CPU; implements `engine.plan.Runner`. Loads every weight on construction."""
+
+    def __init__(
+        self,
+        model: Model,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str = "auto",
+        kv_dtype: str = "f16",
+        num_threads: int = 1,
+        isa: str = "auto",
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        kv_cache_memory_bytes: int,
+    ) -> None:
+        """Raises ConfigError, ModelFileError or UnsupportedModelError."""
+        shapes = group_shapes(model, kv_dtype, max_model_len, max_num_batched_tokens)
+        groups = divide(shapes, kv_cache_memory_bytes, max_num_seqs)
+        options = ProgramOptions(dtype, kv_dtype, num_threads, isa, max_model_len, max_num_seqs, max_num_batched_tokens)
+        lowered = lower(model, checkpoint, groups, options)
+        self.program = lowered.program
+        self.isa: str = lowered.program.isa
+        self.weight_bytes = lowered.weight_bytes
+        self._info = RunnerInfo(model.vocab_size, max_model_len, groups, BLOCK_TOKENS)
+        self._arrays = StepArrays(len(groups), max_num_seqs, max_model_len, BLOCK_TOKENS)
+        self._outputs = self.program.outputs.view(ROW_OUTPUT).reshape(-1)
+
+    @property
+    def info(self) -> RunnerInfo:
+        return self._info
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Entries that are malformed fail alone; raises EngineError when the step as a whole cannot run."""
+        if not plan.entries:
+            return StepResult()
+        try:
+            self._run(plan.entries)
+        except _BAD_INPUT as error:
+            return self._execute_sound(plan, error)
+        return StepResult(self._results(plan.entries))
+
+    def logits(self, plan: StepPlan) -> NDArray[np.float32]:
+        """Raw logits [rows, vocab] of the plan's rows. Raises ValueError on a malformed plan."""
+        num_rows = sum(len(entry.rows) for entry in plan.entries)
+        logits = np.empty((num_rows, self._info.vocab_size), np.float32)
+        self._run(plan.entries, logits)
+        return logits
+
+    def close(self) -> None:
+        """Ends the threads and frees weights and cache."""
+        del self.program, self._outputs
+
+    def _run(self, entries: Sequence[PlanEntry], logits: NDArray[np.float32] | None = None) -> None:
+        self._arrays.load(entries)
+        self.program.step(*self._arrays.arguments, logits=logits)
+
+    def _execute_sound(self, plan: StepPlan, error: Exception) -> StepResult:
+        """The slow way around malformed entries: each is checked alone, the sound ones run."""
+        errors = [self._check(entry) for entry in plan.entries]
+        sound = [entry for entry, found in zip(plan.entries, errors, strict=True) if found is None]
+        if len(sound) == len(plan.entries):
+            raise EngineError(f"the step cannot run: {error}") from error
+        results = iter(self.execute(StepPlan(sound)).entries)
+        return StepResult([next(results) if found is None else EntryResult(error=found) for found in errors])
+
+    def _check(self, entry: PlanEntry) -> EngineError | None:
+        try:
+            self._arrays.load([entry])
+            self.program.check(*self._arrays.arguments)
+        except _BAD_INPUT as error:
+            return EngineError(f"malformed plan entry: {error}")
+        return None
+
+    def _results(self, entries: Sequence[PlanEntry]) -> list[EntryResult]:
+        outputs = self._outputs[: self._arrays.num_rows]
+        tokens, finite = outputs["token"].tolist(), outputs["finite"].tolist()
+        results, begin = [], 0
+        for entry in entries:
+            end = begin + len(entry.rows)
+            if begin == end:
+                results.append(_NO_ROWS)
+            elif not all(finite[begin:end]):
+                results.append(EntryResult(error=EngineError("non-finite logits")))
+            else:
+                results.append(
+                    EntryResult([self._row(begin + i, tokens[begin + i], row) for i, row in enumerate(entry.rows)])
+                )
+            begin = end
+        return results
+
+    def _row(self, index: int, token: int, row: LogitsRow) -> RowResult:
+        if row.num_logprobs is None and row.target is None:
+            return RowResult(token)
+        output = self._outputs[index]
+        num_top = min(row.num_logprobs or 0, int(output["num_top"]))
+        return RowResult(
+            token,
+            float(output["logprob"]),
+            int(output["rank"]),
+            output["top_ids"][:num_top].tolist(),
+            output["top_logprobs"][:num_top].tolist(),
+        )
