@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from setpoint.errors import ContextLengthError, RequestError
-
-if TYPE_CHECKING:
-    from setpoint.engine.sampling import SamplingParams
+from setpoint.engine.sampling import SamplingParams
+from setpoint.errors import RequestError
 
 MAX_PRIORITY = 127
 MAX_NAME_CHARS = 128
@@ -38,7 +35,9 @@ class Request:
             raise RequestError(f"priority must be in -{MAX_PRIORITY + 1}..{MAX_PRIORITY}", param="priority")
         if len(self.cache_salt) > MAX_NAME_CHARS:
             raise RequestError(f"cache_salt must have at most {MAX_NAME_CHARS} characters", param="cache_salt")
-        self._validate_length(max_model_len)
+        if not self.prompt_token_ids:
+            raise RequestError("the prompt is empty; send at least one token", param="prompt")
+        self.params.resolve(max_model_len, len(self.prompt_token_ids))  # ContextLengthError
         for token in self.prompt_token_ids:
             if type(token) is not int or not 0 <= token < vocab_size:
                 raise RequestError(f"prompt token ids must be integers in 0..{vocab_size - 1}", param="prompt")
@@ -46,19 +45,6 @@ class Request:
             raise RequestError(f"eos token ids must be in 0..{vocab_size - 1}", param="eos_token_ids")
         self.params.check_vocabulary(vocab_size)
         self._validate_allowed_ids()
-
-    def _validate_length(self, max_model_len: int) -> None:
-        num_prompt = len(self.prompt_token_ids)
-        if num_prompt == 0:
-            raise RequestError("the prompt is empty; send at least one token", param="prompt")
-        num_output = self.params.max_tokens or 1
-        if num_prompt + num_output > max_model_len:
-            raise ContextLengthError(
-                f"This model's maximum context length is {max_model_len} tokens. However, you requested "
-                f"{num_prompt + num_output} tokens ({num_prompt} in the prompt, {num_output} for the output). "
-                "Shorten the prompt or lower max_tokens.",
-                param="prompt" if num_prompt >= max_model_len else "max_tokens",
-            )
 
     def _validate_allowed_ids(self) -> None:
         """Fail closed where min_tokens would ban every allowed token."""
@@ -74,4 +60,4 @@ class Request:
     def stop_ids(self) -> frozenset[int]:
         """Every token id that ends a sequence of this request."""
         eos = frozenset() if self.params.ignore_eos else self.eos_token_ids
-        return eos.union(self.params.stop_token_ids or ())
+        return eos.union(self.params.stop_token_ids)

@@ -1,0 +1,165 @@
+"""The KV blocks of all groups and the prefix tree over them, seen from a sequence.
+
+The scheduler asks here for room; nothing else touches block tables. Writing is safe without copies: a shared block
+is always full, and a sequence writes only at positions from `num_computed`, which a hit leaves on a block boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from setpoint.engine.block_pool import BlockPool
+from setpoint.engine.plan import RunnerInfo
+from setpoint.engine.prefix_tree import PrefixHit, PrefixTree, first_visible_block
+from setpoint.engine.sequence import Sequence
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+class KVCache:
+    def __init__(self, info: RunnerInfo, *, prefix_caching: bool = True, secret: bytes | None = None) -> None:
+        self.block_size = info.block_size
+        self.prefix_caching = prefix_caching
+        self.windows = tuple(group.window for group in info.kv_groups)
+        self.tree = PrefixTree(info.kv_groups, info.block_size, secret=secret)
+        self.pools = tuple(
+            BlockPool(group.num_blocks, partial(self.tree.evict, index)) for index, group in enumerate(info.kv_groups)
+        )
+
+    @property
+    def capacity_tokens(self) -> int | None:
+        """Longest sequence that fits when it is alone; None = any length (every group is windowed)."""
+        fits = [
+            pool.num_blocks * self.block_size
+            for pool, window in zip(self.pools, self.windows, strict=True)
+            if window is None or pool.num_blocks < self._window_blocks(window)
+        ]
+        return min(fits, default=None)
+
+    @property
+    def usage(self) -> float:
+        """Referenced share of the fullest group, 0..1."""
+        return max(pool.num_used / pool.num_blocks for pool in self.pools)
+
+    def _window_blocks(self, window: int) -> int:
+        """Most blocks that one token's window can touch."""
+        return ceil_div(window - 1, self.block_size) + 1
+
+    def blocks_needed(self, num_tokens: int, group: int) -> int:
+        """Blocks with which a sequence of this length can be computed to its end, if only token by token."""
+        window = self.windows[group]
+        needed = ceil_div(num_tokens, self.block_size)
+        return needed if window is None else min(needed, self._window_blocks(window))
+
+    def match(self, seq: Sequence) -> PrefixHit:
+        """The longest prefix of a waiting sequence that is cached and may be used."""
+        num_blocks = seq.max_cached // self.block_size if self.prefix_caching else 0
+        self._extend_keys(seq, num_blocks)
+        return self.tree.match(seq.block_keys[:num_blocks], seq.owner.root_key, seq.token_ids)
+
+    def can_admit(self, seq: Sequence, hit: PrefixHit, running: Iterable[Sequence]) -> bool:
+        """Whether all known tokens of `seq` fit beside what the running sequences still need, and one block each.
+
+        Admitting on less would preempt the newcomer within a few steps and compute its prompt again.
+        """
+        running = list(running)
+        for group, pool in enumerate(self.pools):
+            reserve = len(running)
+            for other in running:
+                held = len(other.block_tables[group]) - other.first_live[group]
+                reserve += max(0, self.blocks_needed(other.num_tokens, group) - held)
+            found = [block for block in hit.block_tables[group] if block >= 0]
+            free = pool.num_free - sum(map(pool.is_free, found))
+            if max(1, self.blocks_needed(seq.num_tokens, group) - len(found)) + reserve > free:
+                return False
+        return True
+
+    def take_hit(self, seq: Sequence, hit: PrefixHit) -> None:
+        """Start a sequence at the end of its cached prefix."""
+        for group, (pool, found) in enumerate(zip(self.pools, hit.block_tables, strict=True)):
+            seq.first_live[group] = found.count(-1)
+            for block in found:
+                if block >= 0:
+                    pool.retain(block)
+                seq.block_tables[group].append(block)
+        seq.num_computed = hit.num_blocks * self.block_size
+        seq.num_published = hit.num_blocks
+
+    def grow(self, seq: Sequence, num_tokens: int) -> int:
+        """Make the tables cover positions below `num_tokens`, or as many as there are blocks; returns how many."""
+        size = self.block_size
+        target = ceil_div(num_tokens, size)
+        for table, pool in zip(seq.block_tables, self.pools, strict=True):
+            target = min(target, len(table) + pool.num_free)
+        for table, pool in zip(seq.block_tables, self.pools, strict=True):
+            while len(table) < target:
+                table.append(pool.acquire())
+        return min(num_tokens, min(map(len, seq.block_tables)) * size)
+
+    def settle(self, seq: Sequence) -> None:
+        """After a step: publish the blocks that became full, let go of those that no later token can see."""
+        if self.prefix_caching:
+            self._publish(seq)
+        for group, window in enumerate(self.windows):
+            if window is not None:
+                self._trim(seq, group, window)
+
+    def _publish(self, seq: Sequence) -> None:
+        size = self.block_size
+        num_full = seq.num_computed // size
+        if num_full <= seq.num_published:
+            return
+        self._extend_keys(seq, num_full)
+        for index in range(seq.num_published, num_full):
+            key = seq.block_keys[index]
+            parent = seq.block_keys[index - 1] if index else seq.owner.root_key
+            tokens = self.tree.pack(seq.token_ids[index * size : (index + 1) * size])
+            blocks = [table[index] for table in seq.block_tables]
+            taken = self.tree.publish(key, parent, tokens, blocks)
+            for pool, block, took in zip(self.pools, blocks, taken, strict=True):
+                if took:
+                    pool.publish(block, key)
+        seq.num_published = num_full
+
+    def _trim(self, seq: Sequence, group: int, window: int) -> None:
+        table = seq.block_tables[group]
+        first = min(first_visible_block(seq.num_computed, window, self.block_size), len(table))
+        for index in range(seq.first_live[group], first):
+            block, table[index] = table[index], -1
+            self.pools[group].release(block)
+        seq.first_live[group] = max(first, seq.first_live[group])
+
+    def release(self, seq: Sequence) -> None:
+        """Give back every block, the deepest first: eviction then eats prefixes from their ends."""
+        for pool, table in zip(self.pools, seq.block_tables, strict=True):
+            while table:
+                block = table.pop()
+                if block >= 0:
+                    pool.release(block)
+        seq.first_live = [0] * len(self.pools)
+        seq.num_computed = 0
+        seq.num_published = 0
+
+    def _extend_keys(self, seq: Sequence, num_blocks: int) -> None:
+        size = self.block_size
+        for index in range(len(seq.block_keys), num_blocks):
+            parent = seq.block_keys[-1] if index else seq.owner.root_key
+            tokens = self.tree.pack(seq.token_ids[index * size : (index + 1) * size])
+            seq.block_keys.append(self.tree.chain_key(parent, tokens))
+
+    def check_integrity(self, holders: Iterable[Sequence]) -> None:
+        """Raise AssertionError unless pools, tables and tree agree. For tests: walks everything."""
+        holders = list(holders)
+        for group, pool in enumerate(self.pools):
+            pool.check_integrity(block for seq in holders for block in seq.block_tables[group] if block >= 0)
+            if pool.published() != self.tree.published(group):
+                raise AssertionError("pool and prefix tree disagree on what is published")
+        for seq in holders:
+            for table, first in zip(seq.block_tables, seq.first_live, strict=True):
+                if any(block >= 0 for block in table[:first]) or any(block < 0 for block in table[first:]):
+                    raise AssertionError("a block table has a hole")
+                if len(table) * self.block_size < seq.num_computed:
+                    raise AssertionError("a block table is shorter than what was computed")

@@ -1,0 +1,90 @@
+"""The rows of logits a sequence asks for in a step, and what their results mean for it."""
+
+from __future__ import annotations
+
+from collections import abc
+from dataclasses import dataclass
+
+from setpoint.engine.events import FinishReason, TokenLogprob
+from setpoint.engine.plan import LogitsRow, PlanEntry, RowResult
+from setpoint.engine.sequence import Sequence
+from setpoint.errors import EngineError
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What happened to one sequence: new tokens, its end, or both."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    error: Exception | None = None
+
+
+def build_rows(seq: Sequence, num_new: int, drafts: list[int]) -> tuple[LogitsRow, ...]:
+    """Rows for the next `num_new` tokens, of which the last are `drafts`.
+
+    Prompt tokens not scored yet are scored; where the entry reaches the end of the known tokens, one token is drawn
+    there and one after each draft, as if the drafts before it were accepted.
+    """
+    rows: list[LogitsRow] = []
+    start, params = seq.num_computed, seq.owner.request.params
+    scored = seq.prompt_logprobs
+    if scored is not None and len(scored) < seq.num_prompt:
+        for position in range(max(start, len(scored) - 1), min(start + num_new, seq.num_prompt - 1)):
+            target = seq.token_ids[position + 1]
+            rows.append(LogitsRow(position - start, target=target, num_logprobs=params.prompt_logprobs))
+    first = seq.num_tokens - 1 - start
+    if num_new > first:
+        for count in range(len(drafts) + 1):
+            sampling = seq.row_state.row(seq.token_ids, seq.num_prompt, drafts[:count])
+            rows.append(LogitsRow(first + count, sampling, num_logprobs=params.logprobs))
+    return tuple(rows)
+
+
+def take_rows(seq: Sequence, entry: PlanEntry, results: abc.Sequence[RowResult], vocab_size: int) -> Outcome:
+    """Advance the sequence by an executed entry. Drafts count as far as they equal what was drawn.
+
+    Raises EngineError when the results do not fit the rows.
+    """
+    if len(results) != len(entry.rows):
+        raise EngineError("the runner returned a wrong number of rows")
+    num_known = len(entry.token_ids) - entry.num_drafts
+    guesses = entry.token_ids[num_known:]
+    drawn: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    finish: tuple[FinishReason, int | None] | None = None
+    for row, result in zip(entry.rows, results, strict=True):
+        if row.sampling is None:
+            assert seq.prompt_logprobs is not None
+            seq.prompt_logprobs.append(_logprob(result))
+            continue
+        if not 0 <= result.token_id < vocab_size:
+            raise EngineError("the runner drew a token outside the vocabulary")
+        drawn.append(result.token_id)
+        if row.num_logprobs is not None:
+            logprobs.append(_logprob(result))
+        finish = seq.append(result.token_id)
+        accepted = len(drawn) <= len(guesses) and guesses[len(drawn) - 1] == result.token_id
+        if finish is not None or not accepted:
+            break
+    scored = None
+    if drawn and seq.prompt_logprobs is not None and seq.num_output == len(drawn):  # the first output
+        scored = tuple(seq.prompt_logprobs)
+    # The KV of accepted drafts stays; that of rejected ones is overwritten by the tokens drawn instead.
+    seq.num_computed = entry.start + num_known + max(0, len(drawn) - 1)
+    return Outcome(
+        token_ids=tuple(drawn),
+        logprobs=tuple(logprobs) if logprobs else None,
+        prompt_logprobs=scored,
+        finish_reason=finish[0] if finish else None,
+        stop_reason=finish[1] if finish else None,
+    )
+
+
+def _logprob(result: RowResult) -> TokenLogprob:
+    if result.logprob is None or result.rank is None:
+        raise EngineError("the runner returned no log-probability where one was asked for")
+    return TokenLogprob(result.token_id, result.logprob, result.rank, tuple(result.top_ids), tuple(result.top_logprobs))
