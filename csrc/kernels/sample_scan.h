@@ -30,6 +30,7 @@ template <int W>
 struct Vector {
   typedef float Float __attribute__((vector_size(W * 4)));
   typedef int32_t Int __attribute__((vector_size(W * 4)));
+  typedef uint32_t Bits __attribute__((vector_size(W * 4)));
 
   static Float load(const float* p) {
     Float v;
@@ -44,7 +45,7 @@ struct Vector {
 template <int W>
 inline typename Vector<W>::Float exp_negative(typename Vector<W>::Float y) {
   using Float = typename Vector<W>::Float;
-  using Int = typename Vector<W>::Int;
+  using Bits = typename Vector<W>::Bits;  // wraps where y is far below -87, in lanes that are dropped
   const Float shifted = y * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to an integer held in the low bits
   const Float n = shifted - 12582912.f;
   const Float r = (y - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -54,8 +55,8 @@ inline typename Vector<W>::Float exp_negative(typename Vector<W>::Float y) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * (r * r) + r) + 1.f;
-  const Int exponent = ((Int)shifted - 0x4B400000) << 23;
-  const Float scaled = (Float)((Int)p + exponent);
+  const Bits exponent = ((Bits)shifted - 0x4B400000u) << 23;
+  const Float scaled = (Float)((Bits)p + exponent);
   return y < -87.f ? Float{} : scaled;
 }
 
