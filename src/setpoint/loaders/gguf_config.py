@@ -24,7 +24,8 @@ MAX_VOCABULARY = 1 << 22
 GEMMA3_PATTERN = 6  # every sixth layer sees everything
 GEMMA3_27B_LAYERS = 62  # the one size that scales queries by hidden / heads instead of head_dim
 SMOLLM3_NO_ROPE_INTERVAL = 4
-LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_ORIGINAL = 1.0, 4.0, 8192  # all published Llama 3.1 to 3.3 models
+LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0  # of every published model with Llama 3 rope scaling
+LLAMA3_ORIGINALS = (8192, *(1 << power for power in range(4, 21)))  # 8192 is published, the others are tried after it
 
 # Keys that change the mathematics of a model and that our families do not have; the value that changes nothing.
 _NEUTRAL = {
@@ -187,30 +188,28 @@ def _rope_scaling(fields: Fields) -> dict[str, Any] | None:
     return scaling
 
 
-def llama3_factors(theta: float, head_dim: int, factor: float) -> NDArray[np.float64]:
+def llama3_factors(theta: float, head_dim: int, factor: float, original: int) -> NDArray[np.float64]:
     """What Llama 3.1 divides each rope frequency by, [head_dim / 2]: `rope_freqs.weight` of a GGUF file."""
     wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = (LLAMA3_ORIGINAL / wavelength - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW)
-    smooth = np.clip(smooth, 0.0, 1.0)
+    smooth = np.clip((original / wavelength - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW), 0.0, 1.0)
     result: NDArray[np.float64] = 1 / ((1 - smooth) / factor + smooth)
     return result
 
 
 def _llama3_scaling(file: GGUFFile, config: dict[str, Any], factors: NDArray[np.float32]) -> dict[str, Any]:
     """The parameters that made `factors`: GGUF stores the result, not them."""
-    factor = float(factors.max())
-    fits = len(factors) * 2 == config["head_dim"] and config["rope_scaling"] is None and 1.0 < factor <= 1e6
-    if not fits or not np.allclose(
-        factors, llama3_factors(config["rope_theta"], config["head_dim"], factor), rtol=1e-4, atol=0.0
-    ):
-        raise UnsupportedModelError(f"{file.name}: 'rope_freqs.weight' is not Llama 3 rope scaling; not supported")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": LLAMA3_LOW,
-        "high_freq_factor": LLAMA3_HIGH,
-        "original_max_position_embeddings": LLAMA3_ORIGINAL,
-    }
+    factor, head_dim = float(factors.max()), config["head_dim"]
+    if len(factors) * 2 == head_dim and config["rope_scaling"] is None and 1.0 < factor <= 1e6:
+        for original in LLAMA3_ORIGINALS:
+            if np.allclose(factors, llama3_factors(config["rope_theta"], head_dim, factor, original), 1e-4, 0.0):
+                return {
+                    "rope_type": "llama3",
+                    "factor": factor,
+                    "low_freq_factor": LLAMA3_LOW,
+                    "high_freq_factor": LLAMA3_HIGH,
+                    "original_max_position_embeddings": original,
+                }
+    raise UnsupportedModelError(f"{file.name}: 'rope_freqs.weight' is not Llama 3 rope scaling; not supported")
 
 
 def _gemma3(fields: Fields, config: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""GGUF architectures as data: tensor names to Hugging Face names and back, and what was done to the values.
+"""GGUF architectures as data: tensor names to Hugging Face names, and what was done to the values.
 
 Two conversions change values, and both are undone here. Architecture `llama` stores the rows of q and k in pairs
 (x[2i], x[2i+1]) for interleaved rope; Hugging Face stores halves (x[i], x[i + dim/2]). Whole rows move, so quantized
@@ -99,13 +99,4 @@ def is_offset_norm(architecture: Architecture, name: str) -> bool:
 
 def pairs_to_halves(rows: NDArray[np.uint8], num_heads: int) -> NDArray[np.uint8]:
     """[heads * head_dim, bytes], a copy: GGUF's row order to Hugging Face's. head_dim must be even."""
-    return np.ascontiguousarray(
-        rows.reshape(num_heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape), dtype=np.uint8
-    )
-
-
-def halves_to_pairs(rows: NDArray[np.uint8], num_heads: int) -> NDArray[np.uint8]:
-    """The inverse of `pairs_to_halves`."""
-    return np.ascontiguousarray(
-        rows.reshape(num_heads, 2, -1, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape), dtype=np.uint8
-    )
+    return rows.reshape(num_heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
