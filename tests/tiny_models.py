@@ -269,7 +269,7 @@ def gguf_name(tiny: TinyModel, name: str) -> str:
 
 
 def _permuted(rows: Array, heads: int) -> Array:
-    """GGUF keeps llama's q and k rows in the order of interleaved rope."""
+    """GGUF keeps the q and k rows of llama and smollm3 in the order of interleaved rope."""
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -316,7 +316,7 @@ def write_gguf(tiny: TinyModel, path: Path, *, format: str = "F32", head_format:
 
 def _gguf_tensor(tiny: TinyModel, name: str, value: Array, format: str, head_format: str | None) -> tuple[Any, ...]:
     stored = value
-    if tiny.gguf_architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+    if tiny.gguf_architecture in ("llama", "smollm3") and name.endswith(("q_proj.weight", "k_proj.weight")):
         key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
         stored = _permuted(value, tiny.config[key])
     if tiny.unit_offset and "norm" in name:
