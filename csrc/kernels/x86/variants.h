@@ -1,0 +1,12 @@
+// Register functions of single files, called by the register_<isa>_matmul of their ISA.
+#pragma once
+#include "kernels/kernels.h"
+
+namespace setpoint {
+
+void register_avx2_matmul_float(KernelTable& t);
+void register_avx2_quantize_rows(KernelTable& t);
+void register_avx512_matmul_float(KernelTable& t);
+void register_avx512_quantize_rows(KernelTable& t);
+
+}  // namespace setpoint
