@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from setpoint.engine.blast_wall import Faults, client_error, execute_isolated
 from setpoint.engine.events import Event
-from setpoint.engine.plan import PlanEntry, Runner, StepResult
+from setpoint.engine.plan import Runner, StepResult
 from setpoint.engine.request import Request
 from setpoint.engine.scheduler import Scheduler
 from setpoint.engine.stats import EngineStats
@@ -283,23 +283,21 @@ class Engine:
             plan = scheduler.schedule(self._clock())
             result = StepResult()
             if plan.entries:
-                inject = self._inject_entry if scheduler.faults is not None else None
+                inject = scheduler.inject_entry if scheduler.faults is not None else None
                 result, suspicion = execute_isolated(self._runner, plan, inject)
                 self._heartbeat = self._clock()
             events = scheduler.commit(plan, result, self._clock())
         except Exception as error:
             self._record_failure(error)
             failure = client_error(error)
-            self._hand_over(scheduler.take_events() + scheduler.fail_running(failure, self._clock()))
+            events = scheduler.take_events() + scheduler.fail_all(failure, self._clock(), running_only=True)
+            self._hand_over(events)
             return True
         self._log_errors(events)
         self._hand_over(events)
         if suspicion is not None and not self._runner_works():
             self._record_failure(suspicion)
         return bool(plan.entries or events)
-
-    def _inject_entry(self, point: str, entry: PlanEntry) -> None:
-        self._scheduler.inject(point, self._scheduler.request_id_of(entry.seq_id))
 
     def _runner_works(self) -> bool:
         """Whether the runner can compute one token of nobody's, after every entry of a step failed."""
@@ -312,7 +310,7 @@ class Engine:
             return False
 
     def _record_failure(self, error: Exception) -> None:
-        """A step failed and no request is to blame. Too many in a row of time, and the engine gives up."""
+        """A step failed and no request is to blame. Too many in a short time, and the engine gives up."""
         now = self._clock()
         log.error("engine step failed: %s", type(error).__name__)
         self._num_failures += 1

@@ -24,6 +24,7 @@ class KVCache:
         self.block_size = info.block_size
         self.prefix_caching = prefix_caching
         self.windows = tuple(group.window for group in info.kv_groups)
+        self._windowed = [(group, window) for group, window in enumerate(self.windows) if window is not None]
         self.tree = PrefixTree(info.kv_groups, info.block_size, secret=secret)
         self.pools = tuple(
             BlockPool(group.num_blocks, partial(self.tree.evict, index)) for index, group in enumerate(info.kv_groups)
@@ -92,6 +93,8 @@ class KVCache:
         """Make the tables cover positions below `num_tokens`, or as many as there are blocks; returns how many."""
         size = self.block_size
         target = ceil_div(num_tokens, size)
+        if min(map(len, seq.block_tables)) >= target:  # nearly every decode
+            return num_tokens
         for table, pool in zip(seq.block_tables, self.pools, strict=True):
             target = min(target, len(table) + pool.num_free)
         for table, pool in zip(seq.block_tables, self.pools, strict=True):
@@ -101,17 +104,14 @@ class KVCache:
 
     def settle(self, seq: Sequence) -> None:
         """After a step: publish the blocks that became full, let go of those that no later token can see."""
-        if self.prefix_caching:
+        if self.prefix_caching and seq.num_computed // self.block_size > seq.num_published:
             self._publish(seq)
-        for group, window in enumerate(self.windows):
-            if window is not None:
-                self._trim(seq, group, window)
+        for group, window in self._windowed:
+            self._trim(seq, group, window)
 
     def _publish(self, seq: Sequence) -> None:
         size = self.block_size
         num_full = seq.num_computed // size
-        if num_full <= seq.num_published:
-            return
         self._extend_keys(seq, num_full)
         for index in range(seq.num_published, num_full):
             key = seq.block_keys[index]

@@ -11,7 +11,7 @@ from setpoint.engine.sequence import Sequence
 from setpoint.errors import EngineError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """What happened to one sequence: new tokens, its end, or both."""
 
@@ -40,7 +40,7 @@ def build_rows(seq: Sequence, num_new: int, drafts: list[int]) -> tuple[LogitsRo
     if num_new > first:
         for count in range(len(drafts) + 1):
             sampling = seq.row_state.row(seq.token_ids, seq.num_prompt, drafts[:count])
-            rows.append(LogitsRow(first + count, sampling, num_logprobs=params.logprobs))
+            rows.append(LogitsRow(first + count, sampling, None, params.logprobs))
     return tuple(rows)
 
 

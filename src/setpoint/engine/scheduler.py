@@ -9,27 +9,22 @@ no clock, no thread.
 
 from __future__ import annotations
 
-import itertools
-import random
-from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Protocol
 
-from setpoint.engine.blast_wall import Faults, client_error
+from setpoint.engine.blast_wall import Faults
 from setpoint.engine.events import Event
 from setpoint.engine.kv_cache import KVCache
 from setpoint.engine.plan import LogitsRow, PlanEntry, RowSampling, RunnerInfo, StepPlan, StepResult
 from setpoint.engine.queue_gate import QueueGate
 from setpoint.engine.request import Request
-from setpoint.engine.row_state import sequence_seed
-from setpoint.engine.rows import Outcome, build_rows, take_rows
-from setpoint.engine.sequence import ActiveRequest, Sequence, SequenceStatus
+from setpoint.engine.roster import Roster
+from setpoint.engine.rows import build_rows, take_rows
+from setpoint.engine.sequence import Sequence, SequenceStatus
 from setpoint.engine.stats import Counters
-from setpoint.errors import EngineError
+from setpoint.errors import ConfigError, EngineError
 
-by_order = attrgetter("order")
 PROBE_SEQ_ID = -1
 
 
@@ -80,22 +75,19 @@ class Scheduler:
         seed: int | None = None,
         drafter: Drafter | None = None,
     ) -> None:
+        if not info.kv_groups or any(group.num_blocks < 1 for group in info.kv_groups) or info.block_size < 1:
+            raise ConfigError("the KV cache holds no block; raise --kv-cache-memory-bytes")
         self.limits = limits or SchedulerLimits()
-        self.queue = QueueGate(self.limits.max_num_queued_reqs, self.limits.max_num_queued_tokens)
         self.kv = KVCache(info, prefix_caching=enable_prefix_caching)
+        self.queue = QueueGate(self.limits.max_num_queued_reqs, self.limits.max_num_queued_tokens)
+        self.counters = Counters()
+        self.faults: Faults | None = None
         self.vocab_size = info.vocab_size
         capacity = self.kv.capacity_tokens
         self.max_model_len = info.max_model_len if capacity is None else min(info.max_model_len, capacity)
-        self.counters = Counters()
-        self.faults: Faults | None = None
-        self.running: list[Sequence] = []  # both sorted by order
-        self.waiting: list[Sequence] = []
+        self._roster = Roster(self.kv, self.queue, self.counters, max_len=self.max_model_len, seed=seed)
+        self.running, self.waiting = self._roster.running, self._roster.waiting  # read only, in order
         self._drafter = drafter
-        self._random = random.Random(seed)
-        self._requests: dict[str, ActiveRequest] = {}
-        self._sequences: dict[int, Sequence] = {}
-        self._arrivals = itertools.count()
-        self._seq_ids = itertools.count()
         self._events: list[Event] = []  # of the step under way
         self._blocked: tuple[int, int, tuple[int, ...]] | None = None  # see _may_retry
 
@@ -110,66 +102,46 @@ class Scheduler:
         """Count the request into the bounded queue, or raise QueueFullError. Thread-safe; `enqueue` must follow."""
         self.queue.enter(len(request.prompt_token_ids), now)
 
+    def enqueue(self, request: Request, now: float) -> None:
+        """Let a validated, reserved request wait for its turn."""
+        self._roster.enqueue(request, now)
+
     def add(self, request: Request, now: float) -> None:
         """Validate, reserve and enqueue: the whole way in where there is one thread."""
         self.validate(request)
         self.reserve(request, now)
         self.enqueue(request, now)
 
-    def enqueue(self, request: Request, now: float) -> None:
-        """Put a validated, reserved request into the waiting list."""
-        try:
-            if request.request_id in self._requests:
-                raise EngineError("a request with this id is already being served")
-            active = ActiveRequest(request, now, self.kv.tree.root_key(request.tenant, request.cache_salt))
-            params = request.params
-            seed = self._random.getrandbits(63) if params.seed is None else params.seed
-            arrival = next(self._arrivals)
-            for index in range(params.n):
-                seq = Sequence(
-                    next(self._seq_ids),
-                    active,
-                    index,
-                    arrival=arrival,
-                    seed=sequence_seed(seed, index),
-                    num_groups=len(self.kv.pools),
-                    max_len=self.max_model_len,
-                )
-                active.unfinished.append(seq)
-        except Exception:
-            self.queue.leave(len(request.prompt_token_ids), now)
-            raise
-        self._requests[request.request_id] = active
-        for seq in active.unfinished:
-            self._sequences[seq.seq_id] = seq
-            insort(self.waiting, seq, key=by_order)
-
     def abort(self, request_id: str, index: int | None, now: float) -> list[Event]:
         """End one sequence of a request, or all; their blocks are free on return. Unknown ids are ignored."""
-        active = self._requests.get(request_id)
-        if active is None:
-            return []
-        events = []
-        for seq in list(active.unfinished):
-            if index is None or seq.index == index:
-                self.counters.aborted_by_state[seq.state] += 1
-                events.append(self._finish(seq, Outcome(finish_reason="abort"), now))
-        return events
+        return self._roster.abort(request_id, index, now)
 
     def abort_all(self, now: float) -> list[Event]:
-        return [event for request_id in list(self._requests) for event in self.abort(request_id, None, now)]
+        return [event for request_id in list(self._roster.requests) for event in self.abort(request_id, None, now)]
+
+    def fail_all(self, error: Exception, now: float, *, running_only: bool = False) -> list[Event]:
+        """End every request, or every one that has a running sequence, with an error."""
+        requests = [seq.owner for seq in self.running] if running_only else list(self._roster.requests.values())
+        return [event for active in requests for event in self._roster.fail(active, error, now)]
 
     def has_request(self, request_id: str) -> bool:
-        return request_id in self._requests
+        return request_id in self._roster.requests
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._roster.sequences or self._events)
 
     def inject(self, point: str, request_id: str) -> None:
         """A named place where tests make a request fail."""
         if self.faults is not None:
             self.faults(point, request_id)
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self._sequences or self._events)
+    def inject_entry(self, point: str, entry: PlanEntry) -> None:
+        self._inject(point, self._roster.sequences[entry.seq_id])
+
+    def _inject(self, point: str, seq: Sequence) -> None:
+        if self.faults is not None:
+            self.faults(point, seq.owner.request.request_id)
 
     # --- planning ------------------------------------------------------------------------------------------------
 
@@ -194,59 +166,44 @@ class Scheduler:
         except Exception as error:
             for sibling in seq.owner.unfinished:
                 step.drop(sibling.seq_id)
-            self._events += self.fail(seq, error, now)
+            self._events += self._roster.fail(seq.owner, error, now)
 
     def _advance(self, seq: Sequence, step: _Step, now: float) -> None:
         """Plan the next tokens of a running sequence, preempting from the end of the order if blocks run out."""
         if seq.status is not SequenceStatus.RUNNING or step.budget <= 0:
             return
-        self.inject("schedule", seq.owner.request.request_id)
-        missing = seq.num_tokens - seq.num_computed
+        self._inject("schedule", seq)
+        missing = len(seq.token_ids) - seq.num_computed
         if missing == 1 and self._drafter is not None:
-            self._draft(seq, step)
+            self._draft(self._drafter, seq, step)
         wanted = min(missing + len(seq.drafts), step.budget)
-        self.inject("allocate", seq.owner.request.request_id)
+        self._inject("allocate", seq)
         covered = self.kv.grow(seq, seq.num_computed + wanted)
         while covered <= seq.num_computed:
             victim = self.running[-1]
             if len(self.running) == 1:
                 raise EngineError("the KV cache cannot hold this sequence")  # validate() excludes it
-            self._preempt(victim, step)
+            step.drop(victim.seq_id)
+            step.preempted = True
+            self._roster.preempt(victim)
             if victim is seq:
                 return
             covered = self.kv.grow(seq, seq.num_computed + wanted)
         self._plan_entry(seq, min(wanted, covered - seq.num_computed), step)
 
-    def _draft(self, seq: Sequence, step: _Step) -> None:
+    def _draft(self, drafter: Drafter, seq: Sequence, step: _Step) -> None:
         """Ask for drafts, leaving a token of budget to every other running sequence."""
-        assert self._drafter is not None
-        room = min(
-            self.limits.max_drafts,
-            seq.max_tokens - seq.num_output - 1,
-            step.budget - 1 - (len(self.running) - len(step.entries) - 1),
-        )
-        seq.drafts = self._drafter.propose(seq.token_ids, room)[:room] if room > 0 else []
+        num_unplanned = len(self.running) - len(step.entries)
+        room = min(self.limits.max_drafts, seq.max_tokens - seq.num_output - 1, step.budget - num_unplanned)
+        seq.drafts = drafter.propose(seq.token_ids, room)[:room] if room > 0 else []
 
     def _plan_entry(self, seq: Sequence, num_new: int, step: _Step) -> None:
-        self.inject("prepare", seq.owner.request.request_id)
+        self._inject("prepare", seq)
         start = seq.num_computed
-        missing = seq.num_tokens - start
-        drafts = seq.drafts[: max(0, num_new - missing)]
-        tokens = [*seq.token_ids[start : start + num_new], *drafts]
+        drafts = seq.drafts[: max(0, num_new - (len(seq.token_ids) - start))] if seq.drafts else []
+        tokens = seq.token_ids[start : start + num_new] + drafts
         rows = build_rows(seq, num_new, drafts)
         step.add(PlanEntry(seq.seq_id, tokens, start, seq.block_tables, rows, len(drafts)))
-
-    def _preempt(self, seq: Sequence, step: _Step) -> None:
-        """Take a running sequence's blocks; what it published may still be cached when it comes back."""
-        step.drop(seq.seq_id)
-        step.preempted = True
-        self.kv.release(seq)
-        seq.drafts = []
-        seq.status = SequenceStatus.WAITING
-        seq.num_preemptions += 1
-        self.counters.preemptions += 1
-        self.running.remove(seq)
-        insort(self.waiting, seq, key=by_order)
 
     def _admit_waiting(self, step: _Step, now: float) -> None:
         """Start waiting sequences in order until budget, places or blocks run out."""
@@ -268,35 +225,23 @@ class Scheduler:
     def is_deferred(self, seq: Sequence) -> bool:
         """Whether a sibling is computing the full prompt blocks that this sequence will then find in the cache."""
         leader = seq.owner.leader
-        return (
-            leader is not None
-            and leader is not seq
-            and leader.status is SequenceStatus.RUNNING
-            and leader.num_computed < self._shareable_tokens(seq)
-        )
-
-    def _shareable_tokens(self, seq: Sequence) -> int:
-        if not self.kv.prefix_caching:
-            return 0
-        return (seq.num_prompt - 1) // self.kv.block_size * self.kv.block_size
+        if leader is None or leader.status is not SequenceStatus.RUNNING or not self.kv.prefix_caching:
+            return False
+        shareable = (seq.num_prompt - 1) // self.kv.block_size * self.kv.block_size
+        return leader.num_computed < shareable
 
     def _admit(self, seq: Sequence, step: _Step, now: float) -> None:
-        self.inject("schedule", seq.owner.request.request_id)
+        self._inject("schedule", seq)
         hit = self.kv.match(seq)
         if self.running and not self.kv.can_admit(seq, hit, self.running):
             self._blocked = (seq.seq_id, len(self.running), tuple(pool.num_free for pool in self.kv.pools))
             return
-        self.inject("allocate", seq.owner.request.request_id)
-        self.waiting.remove(seq)
-        insort(self.running, seq, key=by_order)
-        seq.status = SequenceStatus.RUNNING
+        self._inject("allocate", seq)
+        self._roster.start(seq)
         self.kv.take_hit(seq, hit)
-        if seq.owner.leader is None or seq.owner.leader.status is not SequenceStatus.RUNNING:
-            seq.owner.leader = seq
         if seq.first_scheduled_time is None:
-            self._count_admission(seq, now)
-        wanted = min(seq.num_tokens - seq.num_computed, step.budget)
-        covered = self.kv.grow(seq, seq.num_computed + wanted)
+            self._roster.count_start(seq, now)
+        covered = self.kv.grow(seq, seq.num_computed + min(seq.num_tokens - seq.num_computed, step.budget))
         if covered <= seq.num_computed:
             raise EngineError("the KV cache cannot hold this sequence")  # can_admit() and validate() exclude it
         self._plan_entry(seq, covered - seq.num_computed, step)
@@ -308,19 +253,6 @@ class Scheduler:
         _, num_running, free = self._blocked
         freed = any(pool.num_free > before for pool, before in zip(self.kv.pools, free, strict=True))
         return freed or len(self.running) < num_running
-
-    def _count_admission(self, seq: Sequence, now: float) -> None:
-        seq.first_scheduled_time = now
-        seq.num_cached_tokens = seq.num_computed
-        counters = self.counters
-        if self.kv.prefix_caching:
-            counters.prefix_queries += seq.num_prompt
-            counters.prefix_hits += seq.num_cached_tokens
-        if seq.owner.queued:
-            seq.owner.queued = False
-            self.queue.leave(seq.num_prompt, now)
-            counters.prompt_tokens += seq.num_prompt
-            counters.prompt_tokens_cached += seq.num_cached_tokens
 
     def probe(self) -> StepPlan | None:
         """A plan of one token of nobody's, to see whether the runner works at all; None when no block is free.
@@ -342,13 +274,13 @@ class Scheduler:
         if plan.entries:
             self.counters.step_tokens.observe(plan.num_tokens)
         for position, entry in enumerate(plan.entries):
-            seq = self._sequences.get(entry.seq_id)
+            seq = self._roster.sequences.get(entry.seq_id)
             if seq is None or seq.status is not SequenceStatus.RUNNING or seq.num_computed != entry.start:
                 continue  # aborted since the plan was made
             try:
                 event = self._commit_entry(seq, entry, result, position, now)
             except Exception as error:
-                self._events += self.fail(seq, error, now)
+                self._events += self._roster.fail(seq.owner, error, now)
             else:
                 if event is not None:
                     self._events.append(event)
@@ -365,7 +297,7 @@ class Scheduler:
         computed = result.entries[position]
         if computed.error is not None:
             raise computed.error
-        self.inject("commit", seq.owner.request.request_id)
+        self._inject("commit", seq)
         outcome = take_rows(seq, entry, computed.rows, self.vocab_size)
         seq.drafts = []
         num_drawn = len(outcome.token_ids)
@@ -375,81 +307,9 @@ class Scheduler:
             self.counters.accepted_tokens += max(0, num_drawn - 1)
         self.kv.settle(seq)
         if outcome.finish_reason is not None:
-            return self._finish(seq, outcome, now)
-        return self._event(seq, outcome, now) if num_drawn else None
-
-    def fail(self, seq: Sequence, error: Exception, now: float) -> list[Event]:
-        """Fail the whole request of a sequence. What the client sees of an unexpected error is its being one."""
-        outcome = Outcome(finish_reason="error", error=client_error(error))
-        return [self._finish(sibling, outcome, now) for sibling in list(seq.owner.unfinished)]
-
-    def fail_running(self, error: Exception, now: float) -> list[Event]:
-        """Fail every request that has a running sequence."""
-        return [event for seq in list(self.running) if seq.owner.unfinished for event in self.fail(seq, error, now)]
-
-    def fail_all(self, error: Exception, now: float) -> list[Event]:
-        """Fail every request."""
-        events = []
-        for active in list(self._requests.values()):
-            events += self.fail(active.unfinished[0], error, now)
-        return events
-
-    def request_id_of(self, seq_id: int) -> str:
-        return self._sequences[seq_id].owner.request.request_id
-
-    def _finish(self, seq: Sequence, outcome: Outcome, now: float) -> Event:
-        """Take a sequence out, wherever it stands, and give its blocks back."""
-        assert outcome.finish_reason is not None
-        active = seq.owner
-        (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
-        seq.status = SequenceStatus.FINISHED
-        del self._sequences[seq.seq_id]
-        active.unfinished.remove(seq)
-        if not active.unfinished:
-            del self._requests[active.request.request_id]
-            if active.queued:
-                active.queued = False
-                self.queue.leave(seq.num_prompt, now)
-        self.kv.release(seq)
-        self.counters.finished[outcome.finish_reason] += 1
-        return self._event(seq, outcome, now)
-
-    def _event(self, seq: Sequence, outcome: Outcome, now: float) -> Event:
-        return Event(
-            request_id=seq.owner.request.request_id,
-            index=seq.index,
-            token_ids=outcome.token_ids,
-            logprobs=outcome.logprobs,
-            prompt_logprobs=outcome.prompt_logprobs,
-            finish_reason=outcome.finish_reason,
-            stop_reason=outcome.stop_reason,
-            error=outcome.error,
-            num_cached_tokens=seq.num_cached_tokens,
-            num_output_tokens=seq.num_output,
-            num_preemptions=seq.num_preemptions,
-            time=now,
-            arrival_time=seq.arrival_time,
-            first_scheduled_time=seq.first_scheduled_time,
-        )
-
-    # --- checks --------------------------------------------------------------------------------------------------
+            return self._roster.finish(seq, outcome, now)
+        return self._roster.event(seq, outcome, now) if num_drawn else None
 
     def check_integrity(self) -> None:
         """Raise AssertionError if an invariant is broken. For tests: walks everything."""
-        for name, queue, status in (
-            ("running", self.running, SequenceStatus.RUNNING),
-            ("waiting", self.waiting, SequenceStatus.WAITING),
-        ):
-            if any(seq.status is not status for seq in queue):
-                raise AssertionError(f"a sequence in {name} has another status")
-            if [seq.order for seq in queue] != sorted({seq.order for seq in queue}):
-                raise AssertionError(f"{name} is not in order")
-        if {seq.seq_id for seq in (*self.running, *self.waiting)} != set(self._sequences):
-            raise AssertionError("a sequence is in no queue, or in two")
-        if any(seq.num_computed >= seq.num_tokens for seq in self.running):
-            raise AssertionError("a running sequence has nothing left to compute")
-        if any(table for seq in self.waiting for table in seq.block_tables):
-            raise AssertionError("a waiting sequence holds blocks")
-        if self.queue.num_requests < sum(active.queued for active in self._requests.values()):
-            raise AssertionError("the queue counts too few requests")
-        self.kv.check_integrity(self.running)
+        self._roster.check_integrity()
