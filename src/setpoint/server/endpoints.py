@@ -1,0 +1,190 @@
+"""What each route does, between a parsed body and an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from setpoint.errors import RequestError
+from setpoint.server.admission import Admission
+from setpoint.server.context import ServerContext
+from setpoint.server.errors import ApiError
+from setpoint.server.fields import parse
+from setpoint.server.forms import ChatForm, CompletionForm, Form
+from setpoint.server.generation import Generation, Job
+from setpoint.server.json_body import parse_object
+from setpoint.server.metrics import Metrics
+from setpoint.server.openai import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationFields,
+    TokenizeRequest,
+    Wire,
+)
+from setpoint.server.prepare import check_model, prepare_chat, prepare_completion, render, tokenise_text
+from setpoint.server.stream import EventStream, Finish, JsonAnswer
+
+WireT = TypeVar("WireT", bound=Wire)
+BodyT = TypeVar("BodyT", bound=GenerationFields)
+_SMALL_BODY: Final = 64 << 10  # bytes; parsed on the event loop, larger ones in a worker
+
+
+def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(value), status, headers, media_type="application/json")
+
+
+class Endpoints:
+    def __init__(self, context: ServerContext, admission: Admission, metrics: Metrics) -> None:
+        self._context = context
+        self._admission = admission
+        self._metrics = metrics
+
+    # Generation
+
+    async def chat(self, request: Request) -> Response:
+        return await self._generate(request, ChatRequest, prepare_chat, ChatForm)
+
+    async def completion(self, request: Request) -> Response:
+        return await self._generate(request, CompletionRequest, prepare_completion, CompletionForm)
+
+    async def _generate(
+        self,
+        request: Request,
+        wire_type: type[BodyT],
+        prepare: Callable[[ServerContext, BodyT, str], Job],
+        form_type: Callable[[ServerContext, Generation], Form],
+    ) -> Response:
+        context, tenant = self._context, request.scope.get("setpoint.tenant", "")
+        with self._admission.enter():
+            body, ignored = await self._read(request, wire_type)
+            if body.request_id is not None:
+                request.scope["setpoint.record"].request_id = body.request_id
+            job = await self._admission.run(lambda: prepare(context, body, tenant))
+            self._admission.check_open()
+            generation = Generation(context, job)
+            form = form_type(context, generation)
+            generation.submit()
+            self._admission.add(generation)
+        headers = {"X-Setpoint-Ignored-Params": ", ".join(ignored)} if ignored else {}
+        answer_type = EventStream if job.stream else JsonAnswer
+        return answer_type(generation, form, context.settings, headers, self._finisher(request, generation))
+
+    def _finisher(self, request: Request, generation: Generation) -> Finish:
+        def finish(ending: str) -> None:
+            self._admission.remove(generation)
+            self._metrics.finished(generation, ending)
+            request.scope["setpoint.record"].fields.update(_log_fields(generation, ending))
+
+        return finish
+
+    # Tokens
+
+    async def tokenize(self, request: Request) -> Response:
+        with self._admission.enter():
+            body, ignored = await self._read(request, TokenizeRequest)
+            result = await self._admission.run(lambda: self._tokenize(body))
+        return json_response(result, headers={"X-Setpoint-Ignored-Params": ", ".join(ignored)} if ignored else None)
+
+    def _tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        context = self._context
+        check_model(context, body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("Send either 'prompt' or 'messages'.", param="prompt", reason="conflict")
+        text, special = body.prompt, body.add_special_tokens is not False
+        if body.messages is not None:
+            text, special = render(context, body, body.messages), bool(body.add_special_tokens)
+        param = "prompt" if body.messages is None else "messages"
+        tokens = tokenise_text(context, text or "", add_special_tokens=special, param=param)
+        names = [context.tokenizer.id_to_token(token) or "" for token in tokens] if body.return_token_strs else None
+        return {
+            "count": len(tokens),
+            "max_model_len": context.max_model_len,
+            "tokens": tokens,
+            "token_strs": names,
+        }
+
+    async def detokenize(self, request: Request) -> Response:
+        with self._admission.enter():
+            body, _ = await self._read(request, DetokenizeRequest)
+            check_model(self._context, body.model)
+            limit = self._context.tokenizer.vocab_size
+            if max(body.tokens, default=0) >= limit:
+                raise RequestError(f"Token ids must be below {limit}.", param="tokens")
+            decode = self._context.tokenizer.decode
+            text = await self._admission.run(lambda: decode(body.tokens, skip_special_tokens=False))
+        return json_response({"prompt": text})
+
+    # Models
+
+    async def models(self) -> Response:
+        data = [self._model(name) for name in self._context.model_names]
+        return json_response({"object": "list", "data": data})
+
+    async def model(self, name: str) -> Response:
+        check_model(self._context, name)
+        return json_response(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._context.created,
+            "owned_by": "setpoint",
+            "root": self._context.model_name,
+            "parent": None,
+            "max_model_len": self._context.max_model_len,
+        }
+
+    async def server_info(self) -> Response:
+        context, settings = self._context, self._context.settings
+        stats = context.engine.stats()
+        return json_response(
+            {
+                "version": context.version,
+                "model": context.model_name,
+                "max_model_len": context.max_model_len,
+                "num_running": stats.num_running,
+                "num_waiting": stats.num_waiting,
+                "limits": {
+                    "max_body_bytes": settings.max_body_bytes,
+                    "max_header_bytes": settings.max_header_bytes,
+                    "max_concurrent_requests": settings.max_concurrent_requests,
+                },
+                **context.server_info,
+            }
+        )
+
+    async def _read(self, request: Request, wire_type: type[WireT]) -> tuple[WireT, list[str]]:
+        try:
+            raw = await request.body()
+        except ClientDisconnect:
+            raise ApiError("client_too_slow", "The client went away.") from None
+        if len(raw) <= _SMALL_BODY:
+            return parse(parse_object(raw), wire_type)
+        return await self._admission.run(lambda: parse(parse_object(raw), wire_type))
+
+
+def _log_fields(generation: Generation, ending: str) -> dict[str, Any]:
+    timing = generation.timing
+    fields: dict[str, Any] = {
+        "prompt_tokens": generation.num_prompt_tokens,
+        "output_tokens": generation.num_output_tokens,
+        "finish_reason": generation.choices[0].finish_reason,
+    }
+    if timing.arrival is not None and timing.first_token is not None:
+        fields["ttft_ms"] = round((timing.first_token - timing.arrival) * 1e3, 3)
+    if timing.arrival is not None and timing.scheduled is not None:
+        fields["queue_ms"] = round((timing.scheduled - timing.arrival) * 1e3, 3)
+    num_gaps = sum(num_tokens for _, num_tokens in timing.gaps)
+    if num_gaps:
+        fields["tpot_ms"] = round(sum(gap for gap, _ in timing.gaps) / num_gaps * 1e3, 3)
+    if ending != "ok":
+        fields["cancel_reason"] = ending
+    if generation.job.tenant:
+        fields["tenant"] = generation.job.tenant[:12]
+    return fields

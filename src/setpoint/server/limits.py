@@ -1,0 +1,92 @@
+"""ASGI: what a request may send, decided before its body is read and while it is.
+
+Body size (on Content-Length first, then on what arrives), time to send it, content type and encoding. Bodies are JSON
+and uncompressed: no multipart, no gzip.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from setpoint.server.context import ServerSettings
+from setpoint.server.errors import ApiError, send_error
+
+_JSON = re.compile(rb"application/json\s*(;\s*charset\s*=\s*\"?utf-8\"?\s*)?", re.IGNORECASE)
+
+
+class Limits:
+    def __init__(self, app: ASGIApp, *, settings: ServerSettings) -> None:
+        self.app = app
+        self.settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            self._check_headers(scope)
+        except ApiError as error:
+            error.headers["Connection"] = "close"  # the body is not going to be read
+            await send_error(error, scope, receive, send)
+            return
+        await self.app(scope, _Body(receive, self.settings), send)
+
+    def _check_headers(self, scope: Scope) -> None:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if len(headers) > self.settings.max_header_fields:
+            raise ApiError("headers_too_large", "The request headers are too many.")
+        if sum(len(name) + len(value) for name, value in headers) > self.settings.max_header_bytes:
+            raise ApiError("headers_too_large", "The request headers are too large.")
+        content_types = []
+        for name, value in headers:
+            if name == b"content-length":
+                if not value.isdigit():
+                    raise ApiError("malformed", "Content-Length is not a number.", param="Content-Length")
+                if len(value) > 19 or int(value) > self.settings.max_body_bytes:
+                    raise _too_large(self.settings)
+            elif name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+                raise ApiError(
+                    "unsupported_media_type", "Compressed bodies are not accepted.", param="Content-Encoding"
+                )
+            elif name == b"content-type":
+                content_types.append(value)
+        if scope["method"] == "POST" and not (len(content_types) == 1 and _JSON.fullmatch(content_types[0])):
+            raise ApiError("unsupported_media_type", "Content-Type must be application/json.", param="Content-Type")
+
+
+class _Body:
+    """`receive` that counts bytes and time until the body is complete, then passes messages through."""
+
+    def __init__(self, receive: Receive, settings: ServerSettings) -> None:
+        self._receive = receive
+        self._settings = settings
+        self._num_bytes = 0
+        self._complete = False
+        self._deadline: float | None = None
+
+    async def __call__(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        loop = asyncio.get_running_loop()
+        if self._deadline is None:
+            self._deadline = loop.time() + self._settings.body_timeout_s
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(
+                "client_too_slow", "The request body took too long.", headers={"Connection": "close"}
+            ) from None
+        self._num_bytes += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._num_bytes > self._settings.max_body_bytes:
+            raise _too_large(self._settings)
+        return message
+
+
+def _too_large(settings: ServerSettings) -> ApiError:
+    message = f"The body is larger than {settings.max_body_bytes} bytes."
+    return ApiError("body_too_large", message, headers={"Connection": "close"})

@@ -1,0 +1,172 @@
+"""The answer of a generation: server-sent events, or one JSON body. Either ends with its client.
+
+Headers wait for the first token, the first error or the first keep-alive, whichever is earliest, so a failure before
+the first token has its real HTTP status. After that a failure is an error event; `[DONE]` comes last, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from setpoint.server.context import ServerSettings
+from setpoint.server.errors import ApiError, as_api_error, send_error
+from setpoint.server.forms import Form
+from setpoint.server.generation import Generation, Piece, join
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+Finish = Callable[[str], None]  # called once with how the request ended: "ok", "error", "disconnected", "stalled"
+
+
+class StalledReader(Exception):
+    """The client did not take what we wrote in time."""
+
+
+def event(value: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+class Answer(Response):
+    """Base of both answers: runs `_work` beside a watch on the connection, and always closes the generation."""
+
+    background = None
+
+    def __init__(
+        self, generation: Generation, form: Form, settings: ServerSettings, headers: dict[str, str], finish: Finish
+    ) -> None:
+        self._generation = generation
+        self._form = form
+        self._settings = settings
+        self._extra_headers = headers
+        self._finish = finish
+        self._error: ApiError | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ending = "disconnected"
+        try:
+            if await _until_disconnect(self._work(scope, receive, send), receive):
+                ending = "ok" if self._error is None else "error"
+        except StalledReader:
+            ending = "stalled"
+            abort = scope.get("setpoint.abort")
+            if abort is not None:
+                abort()
+        finally:
+            self._generation.close()
+            self._finish(ending)
+
+    async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+    async def _write(self, send: Send, body: bytes, *, more: bool = True) -> None:
+        try:
+            async with asyncio.timeout(self._settings.write_timeout_s):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError:
+            raise StalledReader from None
+
+
+class JsonAnswer(Answer):
+    async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
+        held: list[list[Piece]] = [[] for _ in self._generation.choices]
+        try:
+            while not self._generation.is_finished:
+                for piece in await _next(self._generation, self._settings.ping_interval_s) or ():
+                    held[piece.index].append(piece)
+            body = orjson.dumps(self._form.body([join(pieces) for pieces in held]))
+        except Exception as error:
+            self._error = as_api_error(error)
+            await send_error(self._error, scope, receive, send, cause=error)
+            return
+        response = Response(body, 200, self._extra_headers, media_type="application/json")
+        await response(scope, receive, send)
+
+
+class EventStream(Answer):
+    async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+        try:
+            while not self._generation.is_finished:
+                pieces = await _next(self._generation, self._settings.ping_interval_s)
+                out = PING if pieces is None else self._events(pieces)
+                if out:
+                    if not started:
+                        started = True
+                        await self._start(send)
+                    await self._write(send, out)
+            last = event(self._form.usage_chunk()) if self._generation.job.include_usage else b""
+            await self._write(send, last + DONE, more=False)
+        except StalledReader:
+            raise
+        except Exception as error:
+            self._error = as_api_error(error)
+            if not started:
+                await send_error(self._error, scope, receive, send, cause=error)
+                return
+            self._error.note(scope, error)
+            await self._write(send, event(self._error.body()) + DONE, more=False)
+
+    async def _start(self, send: Send) -> None:
+        headers = {
+            "Content-Type": "text/event-stream",
+            "Cache-Control": "no-cache",
+            "X-Accel-Buffering": "no",
+            **self._extra_headers,
+        }
+        raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": raw})
+
+    def _events(self, pieces: list[Piece]) -> bytes:
+        """All events of a wake-up as one write. A choice's opening goes out before its first piece."""
+        out = bytearray()
+        for piece in pieces:
+            if piece.index not in self._opened:
+                self._opened.add(piece.index)
+                opening = self._form.opening(piece.index)
+                if opening is not None:
+                    out += event(opening)
+            chunk = self._form.chunk(piece)
+            if chunk is not None:
+                out += event(chunk)
+        return bytes(out)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._opened: set[int] = set()
+
+
+async def _next(generation: Generation, interval_s: float) -> list[Piece] | None:
+    """The next pieces; None after `interval_s` of silence, in which case the engine still lives."""
+    try:
+        async with asyncio.timeout(interval_s):
+            return await generation.next()
+    except TimeoutError:
+        generation.check_engine()
+        return None
+
+
+async def _until_disconnect(work: Coroutine[Any, Any, None], receive: Receive) -> bool:
+    """Run `work` to its end, or cancel it when the client goes; True when it ended by itself."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+            return True
+        return False
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
