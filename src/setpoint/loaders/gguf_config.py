@@ -141,7 +141,7 @@ def _vocabulary(file: GGUFFile, tensors: dict[str, TensorEntry], hidden: int) ->
     if embedding is None:
         file.fail("the tensor 'token_embd.weight' is missing")
     if len(embedding.shape) != 2 or embedding.shape[1] != hidden or embedding.shape[0] > MAX_VOCABULARY:
-        file.fail(f"tensor 'token_embd.weight' has the shape {embedding.shape}; expected (vocabulary, {hidden})")
+        file.fail(f"tensor 'token_embd.weight' has the shape {embedding.shape}; 'embedding_length' is {hidden}")
     return embedding.shape[0]
 
 
