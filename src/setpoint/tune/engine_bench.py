@@ -60,15 +60,15 @@ def bench_engine(
     """Measure every batch size `repeat` times, in turn (so that a drift of the machine meets all of them)."""
     random_tokens = random.Random(seed)
     runs: dict[int, list[Run]] = {batch: [] for batch in batches}
-    _run_batch(engine, events, random_tokens, 1, min(prompt_tokens, 64), 4)  # warm-up: pages, clocks, caches
+    run_batch(engine, events, random_tokens, 1, min(prompt_tokens, 64), 4)  # warm-up: pages, clocks, caches
     for turn in range(repeat):
         for batch in batches:
             report(f"run {turn + 1} of {repeat}, batch {batch}")
-            runs[batch].append(_run_batch(engine, events, random_tokens, batch, prompt_tokens, output_tokens))
+            runs[batch].append(run_batch(engine, events, random_tokens, batch, prompt_tokens, output_tokens))
     return [_row(batch, runs[batch], prompt_tokens, output_tokens, weight_bytes) for batch in batches]
 
 
-def _run_batch(
+def run_batch(
     engine: Engine,
     events: queue.SimpleQueue[list[Event]],
     random_tokens: random.Random,
