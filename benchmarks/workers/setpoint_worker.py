@@ -1,4 +1,4 @@
-"""Drives Setpoint's engine for against_llama_cpp.py: one JSON request a line on stdin, one JSON answer a line on stdout."""
+"""Drives Setpoint's engine for against_llama_cpp.py: one JSON request a line in, one JSON answer a line out."""
 
 from __future__ import annotations
 
