@@ -442,7 +442,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, int]:
     return path, path.read_bytes(), first
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=4))
 def test_flipped_bytes_parse_or_are_refused(fuzzed: tuple[Path, bytes, int], flips: list[tuple[float, int]]) -> None:
     path, valid, header = fuzzed

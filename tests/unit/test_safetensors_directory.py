@@ -364,7 +364,7 @@ def read_everything(path: Path) -> Checkpoint:
     return checkpoint
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(flips=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=4))
 def test_flipped_bytes_parse_or_are_refused(fuzzed: tuple[Path, bytes, int], flips: list[tuple[float, int]]) -> None:
     path, valid, header = fuzzed
