@@ -109,36 +109,39 @@ void pack_quantized_row(const Target& t, const RawRow& row, int panel, int lane)
 
 template <class Element>
 void scatter(const uint8_t* from, uint8_t* to, int count) {
-  for (int i = 0; i < count; ++i) std::memcpy(to + size_t(i) * kPanelChannels * sizeof(Element), from + size_t(i) * sizeof(Element), sizeof(Element));
+  for (int i = 0; i < count; ++i)
+    std::memcpy(to + size_t(i) * kPanelChannels * sizeof(Element), from + size_t(i) * sizeof(Element), sizeof(Element));
 }
 
-void pack_float_row(const Target& t, const RawRow& row, int panel, int lane) {
+// Inputs [k, k + count) of one channel, whole blocks, into float panels.
+void pack_float_run(const Target& t, const RawRow& row, int panel, int lane, int k, int count) {
   const size_t width = bytes_of_codes(t.weight.codes, 1);
-  uint8_t* out = t.data + (size_t(panel) * size_t(t.weight.k) * kPanelChannels + size_t(lane)) * width;
-  if (row.format->codes == t.weight.codes) {
-    if (width == 4) scatter<float>(row.data, out, t.weight.k);
-    else scatter<uint16_t>(row.data, out, t.weight.k);
+  uint8_t* out = t.data + ((size_t(panel) * size_t(t.weight.k) + size_t(k)) * kPanelChannels + size_t(lane)) * width;
+  const BlockFormat& format = *row.format;
+  const uint8_t* raw = row.data + size_t(k / format.block_elements) * size_t(format.block_bytes);
+  if (format.codes == t.weight.codes) {
+    if (width == 4) scatter<float>(raw, out, count);
+    else scatter<uint16_t>(raw, out, count);
     return;
   }
-  float values[kMaxBlockElements];  // to float32 panels, some blocks at a time
-  const uint8_t* raw = row.data;
-  for (int k = 0; k < t.weight.k;) {
-    const int count = std::min(kMaxBlockElements, t.weight.k - k);  // whole blocks: 256 is a multiple of every block
-    dequantize_blocks(*row.format, raw, count, values);
-    scatter<float>(reinterpret_cast<const uint8_t*>(values), out + size_t(k) * kPanelChannels * 4, count);
-    raw += size_t(count / row.format->block_elements) * size_t(row.format->block_bytes);
-    k += count;
-  }
+  float values[kMaxBlockElements];
+  dequantize_blocks(format, raw, count, values);
+  scatter<float>(reinterpret_cast<const uint8_t*>(values), out, count);
 }
 
-// The storage starts as zeros, so the lanes past the last channel hold zero codes with zero scales.
 void pack_panel(const Target& t, std::span<const RawRows> sources, int panel) {
+  // The storage starts as zeros, so the lanes past the last channel hold zero codes with zero scales.
   const int channels = std::min(kPanelChannels, t.weight.n - panel * kPanelChannels);
-  for (int lane = 0; lane < channels; ++lane) {
-    const RawRow row = find_row(sources, panel * kPanelChannels + lane, t.weight.k);
-    if (t.weight.group == 0) pack_float_row(t, row, panel, lane);
-    else pack_quantized_row(t, row, panel, lane);
+  RawRow rows[kPanelChannels];
+  for (int lane = 0; lane < channels; ++lane) rows[lane] = find_row(sources, panel * kPanelChannels + lane, t.weight.k);
+  if (t.weight.group > 0) {
+    for (int lane = 0; lane < channels; ++lane) pack_quantized_row(t, rows[lane], panel, lane);
+    return;
   }
+  // All lanes of a run before the next run, while its 16 KiB of the panel are in L1.
+  for (int k = 0; k < t.weight.k; k += kMaxBlockElements)
+    for (int lane = 0; lane < channels; ++lane)
+      pack_float_run(t, rows[lane], panel, lane, k, std::min(kMaxBlockElements, t.weight.k - k));
 }
 
 void pack_panels(const Target& t, std::span<const RawRows> sources) {
