@@ -9,6 +9,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -130,6 +131,24 @@ int num_cpus() {
   return count == 0 ? 1 : static_cast<int>(count);
 }
 
+// Runs a pool as a step does and counts what a thread saw of the others after each barrier; for tests.
+// At round `failing_round` the last thread throws instead. Returns the number of rounds every thread saw complete.
+int rehearse_thread_pool(ThreadPool& pool, int rounds, int failing_round) {
+  const int threads = pool.size();
+  std::vector<int> written(static_cast<size_t>(threads), -1), seen(static_cast<size_t>(threads), 0);
+  const nb::gil_scoped_release release;
+  pool.run([&](int thread) {
+    for (int round = 0; round < rounds; ++round) {
+      if (round == failing_round && thread == threads - 1) throw std::runtime_error("failed as asked");
+      written[static_cast<size_t>(thread)] = round;
+      pool.barrier();
+      seen[static_cast<size_t>(thread)] += std::all_of(written.begin(), written.end(), [&](int w) { return w == round; });
+      pool.barrier();
+    }
+  });
+  return *std::min_element(seen.begin(), seen.end());
+}
+
 }  // namespace
 
 void bind_program(nb::module_& m) {
@@ -137,6 +156,11 @@ void bind_program(nb::module_& m) {
   m.def("num_cpus", &num_cpus, "CPUs that this process may run on.");
   m.attr("ROW_RECORD_BYTES") = sizeof(RowRecord);
   m.attr("ROW_OUTPUT_BYTES") = sizeof(RowOutput);
+
+  nb::class_<ThreadPool>(m, "ThreadPool", "The threads of a program alone, for tests.")
+      .def(nb::init<int>(), "num_threads"_a)
+      .def("rehearse", &rehearse_thread_pool, "rounds"_a, "failing_round"_a = -1,
+           "Number of rounds in which every thread saw all the others' writes after a barrier.");
 
   nb::class_<Program>(m, "Program", "A lowered model. Slots, KV groups, layers and rope tables are numbered from 0.")
       .def(nb::new_(&make_program), "isa"_a, "num_threads"_a, "kv_format"_a, "vocab"_a, "max_tokens"_a, "max_entries"_a, "max_rows"_a,

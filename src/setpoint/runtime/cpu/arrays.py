@@ -43,9 +43,10 @@ class StepArrays:
         width = -(-max_model_len // block_size)
         self._tables = [np.full((max_entries, width), -1, np.int32) for _ in range(num_groups)]
         self.num_rows = 0
-        self.arguments: tuple[Any, ...] = ()  # of Program.step, up to `logits`
+        self.arguments: tuple[Any, ...] = ()  # of Program.step
 
-    def load(self, entries: Sequence[PlanEntry]) -> None:
+    def load(self, entries: Sequence[PlanEntry], logits: NDArray[np.float32] | None = None) -> None:
+        """`logits` [rows, vocab] receives the raw logits."""
         tokens: list[int] = []
         starts = [0]
         rows = _Rows()
@@ -66,6 +67,7 @@ class StepArrays:
             np.array([entry.start for entry in entries], np.int32),
             self._tables,
             *rows.arrays(),
+            logits,
         )
 
     def _load_tables(self, index: int, entry: PlanEntry) -> None:

@@ -82,8 +82,8 @@ class CpuRunner:
         del self.program, self._outputs
 
     def _run(self, entries: Sequence[PlanEntry], logits: NDArray[np.float32] | None = None) -> None:
-        self._arrays.load(entries)
-        self.program.step(*self._arrays.arguments, logits=logits)
+        self._arrays.load(entries, logits)
+        self.program.step(*self._arrays.arguments)
 
     def _execute_sound(self, plan: StepPlan, error: Exception) -> StepResult:
         """The slow way around malformed entries: each is checked alone, the sound ones run."""

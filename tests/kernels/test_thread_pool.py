@@ -1,0 +1,63 @@
+"""The thread pool: everybody runs, barriers order memory, a failure reaches the caller and harms nothing later."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from setpoint._native import ThreadPool
+
+SIZES = [1, 2, 3, 5]  # more threads than CPUs among them: then waiting sleeps instead of spinning
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_thread_sees_the_writes_before_a_barrier(size: int) -> None:
+    pool = ThreadPool(size)
+    for rounds in (0, 1, 2, 300):
+        assert pool.rehearse(rounds) == rounds
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("round", [0, 1, 7])
+def test_a_failure_frees_the_others_and_the_pool_lives_on(size: int, round: int) -> None:
+    pool = ThreadPool(size)
+    for _ in range(20):
+        with pytest.raises(RuntimeError, match="failed as asked"):
+            pool.rehearse(10, failing_round=round)
+        assert pool.rehearse(10) == 10
+
+
+def test_runs_from_different_threads_one_after_another() -> None:
+    pool, seen = ThreadPool(2), []
+    for _ in range(5):
+        caller = threading.Thread(target=lambda: seen.append(pool.rehearse(3)))
+        caller.start()
+        caller.join()
+    assert seen == [3] * 5
+
+
+def test_threads_start_with_the_first_run_and_end_with_the_pool() -> None:
+    def num_threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    before = num_threads()
+    pool = ThreadPool(4)
+    assert num_threads() == before
+    pool.rehearse(1)
+    assert num_threads() == before + 3
+    del pool
+    assert num_threads() == before
+
+
+def test_the_callers_affinity_is_left_alone() -> None:
+    before = os.sched_getaffinity(0)
+    ThreadPool(len(before)).rehearse(1)
+    assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.parametrize("size", [0, -1, 1 << 20])
+def test_absurd_sizes_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match="num_threads"):
+        ThreadPool(size)
