@@ -23,6 +23,16 @@ class LogprobWriter:
             return f"token_id:{token_id}"
         return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
+    def _legacy_name(self, token_id: int) -> str:
+        """As `name`, but a token that is part of a character is written like OpenAI does: names are dictionary keys."""
+        if self._tokens_as_ids:
+            return self.name(token_id)
+        token = self._tokenizer.token_bytes(token_id)
+        try:
+            return token.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
     def chat(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
         """`choices[].logprobs` of chat completions."""
         return {"content": [self._chat_entry(entry) for entry in entries]}
@@ -45,7 +55,7 @@ class LogprobWriter:
         """`choices[].logprobs` of completions. `offset` is the place of the first token in the choice's text."""
         legacy = Legacy()
         for entry, token_id in zip(entries, token_ids, strict=True):
-            name = self.name(token_id)
+            name = self._legacy_name(token_id)
             legacy.tokens.append(name)
             legacy.text_offset.append(offset)
             offset += len(self._tokenizer.token_bytes(token_id).decode("utf-8", "replace"))
@@ -53,7 +63,7 @@ class LogprobWriter:
                 legacy.token_logprobs.append(None)
                 legacy.top_logprobs.append(None)
             else:
-                top = dict(zip(map(self.name, entry.top_ids), map(finite, entry.top_logprobs), strict=True))
+                top = dict(zip(map(self._legacy_name, entry.top_ids), map(finite, entry.top_logprobs), strict=True))
                 top.setdefault(name, finite(entry.logprob))
                 legacy.token_logprobs.append(finite(entry.logprob))
                 legacy.top_logprobs.append(top)
