@@ -54,8 +54,9 @@ Array rope(const std::string& isa, Floats3 x, Floats2 cos, Floats2 sin) {
   const size_t rows = x.shape(0), heads = x.shape(1), head_dim = x.shape(2), half = cos.shape(1);
   check(cos.shape(0) == rows && sin.shape(0) == rows && sin.shape(1) == half && 2 * half <= head_dim, "cos, sin: [rows][half]");
   std::vector<float> out(x.data(), x.data() + x.size());
-  kernel_table(isa.c_str()).rope(out.data(), heads * head_dim, static_cast<int>(rows), static_cast<int>(heads),
-                                 static_cast<int>(head_dim), static_cast<int>(half), cos.data(), sin.data());
+  kernel_table(isa.c_str())
+      .rope(out.data(), heads * head_dim, static_cast<int>(rows), static_cast<int>(heads), static_cast<int>(head_dim),
+            static_cast<int>(half), cos.data(), sin.data());
   return to_numpy(std::move(out), {rows, heads, head_dim});
 }
 
@@ -111,10 +112,11 @@ void kv_store(const std::string& isa, const std::string& format, CacheBytes k_ca
 }
 
 // q: [rows][heads * head_dim]. Returns [rows][heads * head_dim], or with `partial` set
-// [kv_heads][rows][group][splits][head_dim + 2]. split_end 0 means: up to the last row's split.
-Array attention(const std::string& isa, const std::string& format, CacheBytes k_cache, CacheBytes v_cache, int kv_heads,
-                int head_dim, BlockTable block_table, int position, Floats2 q, float scale, int window, int split_begin,
-                int split_end, bool partial) {
+// [kv_heads][rows][group][splits][head_dim + 2]. split_end 0 means: up to the last row's split. With partial_splits set,
+// the result has that many splits; the call fills its own, at their absolute index, and leaves the others 0.
+Array attention(const std::string& isa, const std::string& format, CacheBytes k_cache, CacheBytes v_cache, int kv_heads, int head_dim,
+                BlockTable block_table, int position, Floats2 q, float scale, int window, int split_begin, int split_end, bool partial,
+                int partial_splits) {
   const size_t rows = q.shape(0), width = q.shape(1);
   const int last = position + static_cast<int>(rows);
   AttentionArgs a;
@@ -131,17 +133,23 @@ Array attention(const std::string& isa, const std::string& format, CacheBytes k_
   a.split_begin = split_begin;
   a.split_end = split_end > 0 ? split_end : (last + kSplitTokens - 1) / kSplitTokens;
   check(split_begin >= 0 && split_begin < a.split_end && static_cast<int64_t>(a.split_end) <= last / kSplitTokens + 1, "split range");
-  const size_t splits = a.split_end - a.split_begin, per_head = rows * a.group * splits * (head_dim + 2);
+  check(partial_splits == 0 || partial_splits >= a.split_end, "partial_splits must cover split_end");
+  a.partial_splits = partial_splits;
+  const size_t splits = partial_splits > 0 ? partial_splits : a.split_end - a.split_begin;
+  const size_t entry = head_dim + 2, first = partial_splits > 0 ? split_begin * entry : 0;
+  const size_t per_head = rows * a.group * splits * entry;
   std::vector<float> out(partial ? kv_heads * per_head : rows * width);
   std::vector<float> scratch(attention_scratch_floats(a.rows, a.group, head_dim));
   a.scratch = scratch.data();
   for (a.kv_head = 0; a.kv_head < kv_heads; ++a.kv_head) {
-    if (partial) a.partial = out.data() + a.kv_head * per_head;
-    else a.out = out.data();
+    if (partial)
+      a.partial = out.data() + a.kv_head * per_head + first;
+    else
+      a.out = out.data();
     kernel_table(isa.c_str()).attention(a);
   }
   if (!partial) return to_numpy(std::move(out), {rows, width});
-  return to_numpy(std::move(out), {static_cast<size_t>(kv_heads), rows, static_cast<size_t>(a.group), splits, static_cast<size_t>(head_dim) + 2});
+  return to_numpy(std::move(out), {static_cast<size_t>(kv_heads), rows, static_cast<size_t>(a.group), splits, entry});
 }
 
 // partial: [rows][group][splits][head_dim + 2] -> [rows][group * head_dim].
@@ -150,8 +158,9 @@ Array attention_merge(const std::string& isa, Floats4 partial) {
   check(partial.shape(3) > 2, "partial: [rows][group][splits][head_dim + 2]");
   const size_t head_dim = partial.shape(3) - 2, width = group * head_dim;
   std::vector<float> out(rows * width);
-  kernel_table(isa.c_str()).attention_merge(partial.data(), static_cast<int>(rows), static_cast<int>(group), static_cast<int>(splits),
-                                            static_cast<int>(head_dim), out.data(), width);
+  kernel_table(isa.c_str())
+      .attention_merge(partial.data(), static_cast<int>(rows), static_cast<int>(group), static_cast<int>(splits),
+                       static_cast<int>(head_dim), out.data(), width);
   return to_numpy(std::move(out), {rows, width});
 }
 
@@ -165,10 +174,11 @@ void bind_layers(nb::module_& m) {
   m.def("kernels_gelu_tanh_mul", activation_mul<&KernelTable::gelu_tanh_mul>, "isa"_a, "gate"_a, "up"_a);
   m.def("kernels_add", add, "isa"_a, "x"_a, "y"_a);
   m.def("kernels_exp", exp_values, "isa"_a, "x"_a);
-  m.def("kernels_kv_store", kv_store, "isa"_a, "format"_a, "k_cache"_a, "v_cache"_a, "kv_heads"_a, "block_table"_a, "position"_a,
-        "k"_a, "v"_a);
+  m.def("kernels_kv_store", kv_store, "isa"_a, "format"_a, "k_cache"_a, "v_cache"_a, "kv_heads"_a, "block_table"_a, "position"_a, "k"_a,
+        "v"_a);
   m.def("kernels_attention", attention, "isa"_a, "format"_a, "k_cache"_a, "v_cache"_a, "kv_heads"_a, "head_dim"_a, "block_table"_a,
-        "position"_a, "q"_a, "scale"_a, "window"_a = 0, "split_begin"_a = 0, "split_end"_a = 0, "partial"_a = false);
+        "position"_a, "q"_a, "scale"_a, "window"_a = 0, "split_begin"_a = 0, "split_end"_a = 0, "partial"_a = false,
+        "partial_splits"_a = 0);
   m.def("kernels_attention_merge", attention_merge, "isa"_a, "partial"_a);
 }
 

@@ -36,9 +36,7 @@ struct TokenRange {
     return {window > 0 && position >= window ? position - window + 1 : 0, position + 1};
   }
   __attribute__((always_inline)) bool empty() const { return begin >= end; }
-  __attribute__((always_inline)) TokenRange within(int low, int high) const {
-    return {begin > low ? begin : low, end < high ? end : high};
-  }
+  __attribute__((always_inline)) TokenRange within(int low, int high) const { return {begin > low ? begin : low, end < high ? end : high}; }
 };
 
 SETPOINT_INLINE size_t kv_element_bytes(KvFormat format) { return format == KvFormat::f32 ? 4 : 2; }

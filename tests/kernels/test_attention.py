@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+
 from setpoint import _native as native
 
 PAGE, SPLIT = 16, 512
@@ -76,20 +77,25 @@ class Sequence:
         return np.array(out)
 
 
+def nan_caches(kv_format: str, blocks: int, kv_heads: int, head_dim: int) -> list[np.ndarray]:
+    """k and v caches in which every slot is NaN, in each of the formats."""
+    element = 4 if kv_format == "f32" else 2
+    return [np.full(blocks * kv_heads * PAGE * head_dim * element, 0xFF, np.uint8) for _ in "kv"]
+
+
 def make_sequence(
     tokens: int, *, kv_format: str = "f16", kv_heads: int = 1, group: int = 3, head_dim: int = 64, seed: int = 0,
-    isa: str = "ref", spread: float = 2.0,
+    spread: float = 2.0,
 ) -> Sequence:  # fmt: skip
     rng = np.random.default_rng((seed, tokens, kv_heads, group, head_dim))
     k = (rng.normal(size=(tokens, kv_heads, head_dim)) * spread).astype(np.float32)
     v = rng.normal(size=(tokens, kv_heads, head_dim)).astype(np.float32)
     q = rng.normal(size=(tokens, kv_heads * group * head_dim)).astype(np.float32)
     pages = -(-tokens // PAGE)
-    blocks = pages + 5
-    element = 4 if kv_format == "f32" else 2
-    caches = [np.full(blocks * kv_heads * PAGE * head_dim * element, 0xFF, np.uint8) for _ in "kv"]  # every slot is NaN
-    block_table = rng.permutation(blocks)[:pages].astype(np.int32)
-    native.kernels_kv_store(isa, kv_format, *caches, kv_heads, block_table, 0, k.reshape(tokens, -1), v.reshape(tokens, -1))
+    caches = nan_caches(kv_format, pages + 5, kv_heads, head_dim)
+    block_table = rng.permutation(pages + 5)[:pages].astype(np.int32)
+    flat = (k.reshape(tokens, -1), v.reshape(tokens, -1))
+    native.kernels_kv_store("ref", kv_format, *caches, kv_heads, block_table, 0, *flat)
     return Sequence(kv_format, kv_heads, group, head_dim, k, v, q, *caches, block_table)
 
 
@@ -101,7 +107,7 @@ def awkward_floats() -> np.ndarray:
     bf16 = (halves << np.uint32(16)).view(np.float32)
     walk = np.arange(0, 2**32, 20_011, dtype=np.uint64).astype(np.uint32).view(np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        between = [(f16[:-1].astype(np.float64) + f16[1:]).astype(np.float32) / 2, (bf16[:-1].astype(np.float64) + bf16[1:]).astype(np.float32) / 2]
+        between = [((x[:-1].astype(np.float64) + x[1:]) / 2).astype(np.float32) for x in (f16, bf16)]
         near = [np.nextafter(x, np.float32(s) * np.float32(np.inf)) for x in between for s in (-1, 1)]
     x = np.concatenate([f16, bf16, walk, *between, *near])
     return np.resize(x, -(-len(x) // 64) * 64)
@@ -149,7 +155,7 @@ def test_store_has_the_bytes_of_ref_at_any_offset(isa: str, kv_format: str) -> N
         k, v = rng.normal(size=(2, 40, kv_heads * head_dim)).astype(np.float32)
         results = []
         for name in (isa, "ref"):
-            caches = [np.full(8 * kv_heads * PAGE * head_dim * (4 if kv_format == "f32" else 2), 0xFF, np.uint8) for _ in "kv"]
+            caches = nan_caches(kv_format, 8, kv_heads, head_dim)
             table = np.array([6, 0, 3, 5], np.int32)
             native.kernels_kv_store(name, kv_format, *caches, kv_heads, table, 13, k, v)
             results.append(caches)
@@ -165,14 +171,16 @@ def test_f16_values_are_read_exactly(isa: str) -> None:
     for row in halves[::7]:
         v_cache = np.full((PAGE, 64), 0xFFFF, np.uint16)
         v_cache[0] = row
-        out = native.kernels_attention(
-            isa, "f16", k_cache, v_cache.view(np.uint8).ravel(), 1, 64, np.zeros(1, np.int32), 0, np.ones((1, 64), np.float32), 1.0
-        )
+        table, q = np.zeros(1, np.int32), np.ones((1, 64), np.float32)
+        out = native.kernels_attention(isa, "f16", k_cache, v_cache.view(np.uint8).ravel(), 1, 64, table, 0, q, 1.0)
         np.testing.assert_array_equal(out[0], row.view(np.float16).astype(np.float32))
 
 
 # ------------------------------------------------------------------------------------------------ the right answer
-SHAPES = [(8, 2, 1), (16, 1, 4), (24, 1, 2), (64, 2, 3), (64, 1, 7), (80, 1, 2), (96, 1, 1), (128, 1, 5), (256, 1, 4), (64, 1, 16)]
+SHAPES = [  # head_dim, kv_heads, group
+    (8, 2, 1), (16, 1, 4), (20, 1, 2), (24, 1, 2), (64, 2, 3), (64, 1, 7), (64, 1, 16), (80, 1, 2), (96, 1, 1),
+    (128, 1, 5), (256, 1, 4),
+]  # fmt: skip
 SPANS = [(0, 1), (5, 1), (0, 16), (15, 2), (48, 16), (63, 1), (64, 1), (60, 9), (130, 16)]
 LONG_SPANS = [(500, 16), (511, 1), (512, 1), (505, 16), (1020, 16), (1099, 1)]
 WINDOWS = (0, 1, 7, 64, 100)
@@ -198,6 +206,11 @@ def test_ref_is_softmax_attention_across_splits() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- the same answer
+def assert_equals_ref(s: Sequence, isa: str, position: int, rows: int, window: int = 0) -> None:
+    ref = s.attention("ref", position, rows, window=window)
+    assert_same_bits(s.attention(isa, position, rows, window=window), ref)
+
+
 @pytest.mark.parametrize("isa", FAST)
 @pytest.mark.parametrize("kv_format", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -206,7 +219,7 @@ def test_fast_attention_has_the_bits_of_ref(isa: str, shape: tuple[int, int, int
     s = make_sequence(150, kv_format=kv_format, head_dim=head_dim, kv_heads=kv_heads, group=group)
     for position, rows in SPANS:
         for window in WINDOWS:
-            assert_same_bits(s.attention(isa, position, rows, window=window), s.attention("ref", position, rows, window=window))
+            assert_equals_ref(s, isa, position, rows, window)
 
 
 @pytest.mark.parametrize("isa", FAST)
@@ -214,7 +227,7 @@ def test_fast_attention_has_the_bits_of_ref(isa: str, shape: tuple[int, int, int
 def test_every_group_size(isa: str, group: int) -> None:
     s = make_sequence(90, head_dim=32, group=group)
     for position, rows in ((77, 1), (70, 5)):
-        assert_same_bits(s.attention(isa, position, rows), s.attention("ref", position, rows))
+        assert_equals_ref(s, isa, position, rows)
 
 
 @pytest.mark.parametrize("isa", FAST)
@@ -223,7 +236,7 @@ def test_fast_attention_has_the_bits_of_ref_across_splits(isa: str, kv_format: s
     s = make_sequence(1100, kv_format=kv_format, head_dim=32)
     for position, rows in LONG_SPANS:
         for window in (0, 300, 512, 600):
-            assert_same_bits(s.attention(isa, position, rows, window=window), s.attention("ref", position, rows, window=window))
+            assert_equals_ref(s, isa, position, rows, window)
 
 
 @pytest.mark.parametrize("isa", ["ref", *FAST])
@@ -306,6 +319,12 @@ def test_partial_then_merge_is_the_direct_result(isa: str, kv_format: str) -> No
             ]
             assert_same_bits(merged(isa, np.concatenate(pieces, axis=3)), direct)
             assert_same_bits(merged("ref", np.concatenate(pieces, axis=3)), direct)
+            shared = sum(  # one buffer that several threads would fill, a split each
+                s.attention(isa, position, rows, window=window, partial=True, partial_splits=last + 1, split_begin=i,
+                            split_end=i + 1)
+                for i in range(last + 1)
+            )  # fmt: skip
+            assert_same_bits(merged(isa, shared), direct)
 
 
 @pytest.mark.parametrize("isa", ["ref", *FAST])

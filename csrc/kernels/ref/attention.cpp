@@ -16,8 +16,10 @@ float read(KvFormat format, const uint8_t* base, size_t index) {
 }
 
 void write(KvFormat format, uint8_t* base, size_t index, float x) {
-  if (format == KvFormat::f32) reinterpret_cast<float*>(base)[index] = x;
-  else reinterpret_cast<uint16_t*>(base)[index] = format == KvFormat::f16 ? f16_from_float(x) : bf16_from_float(x);
+  if (format == KvFormat::f32)
+    reinterpret_cast<float*>(base)[index] = x;
+  else
+    reinterpret_cast<uint16_t*>(base)[index] = format == KvFormat::f16 ? f16_from_float(x) : bf16_from_float(x);
 }
 
 struct State {  // (m, l, o) of one row and head

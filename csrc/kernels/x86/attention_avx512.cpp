@@ -1,6 +1,7 @@
-#include <type_traits>
-
 #include "kernels/attention.h"
+
+#include "kernels/kernels.h"
+// The order matters: what follows is written in the Lanes of this ISA.
 #include "kernels/x86/lanes_avx512.h"
 
 #include "kernels/x86/lanes_math.h"
@@ -15,9 +16,14 @@ constexpr int kMaxScoreVectors = 24, kMaxOutVectors = 24;
 }  // namespace setpoint
 
 #include "kernels/x86/attention_lanes.h"
+#include "kernels/x86/kv_store_lanes.h"
 
 namespace setpoint {
 
-void register_avx512_attention(KernelTable& t) { register_attention(t); }
+void register_avx512_attention(KernelTable& t) {
+  t.kv_store = kv_store;
+  t.attention = attention;
+  t.attention_merge = attention_merge;
+}
 
 }  // namespace setpoint

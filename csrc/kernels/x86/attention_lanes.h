@@ -10,25 +10,41 @@ namespace setpoint {
 namespace {
 
 constexpr int kMostPages = kBlockTokens / kPageTokens;
+constexpr int kMostQueries = kLanes;  // of a tile; one vector holds a float for each
+static_assert(kAttentionTileQueries <= kMostQueries);
 constexpr float kMinusInfinity = -__builtin_inff();
 
 struct Tile {
-  int count;                         // queries, consecutive (row, head) pairs
+  int count;                                  // queries, consecutive (row, head) pairs
   const float* q[kAttentionTileQueries];      // [head_dim] each
   TokenRange visible[kAttentionTileQueries];  // begin and end never fall from one query to the next
-  float m[kAttentionTileQueries], l[kAttentionTileQueries];
-  float* o;                          // [count][padded head_dim]
+  float m[kMostQueries], l[kMostQueries];
+  float* o;  // [count][padded head_dim]
 };
 
-struct Block {  // the pages of one 64-token block that a tile needs
+struct Block {       // the pages of one 64-token block that a tile needs
   int start;         // first token of the block
   TokenRange range;  // tokens some query of the tile sees, inside the block
   int first_page, last_page;
   const uint8_t* k[kMostPages];
   const uint8_t* v[kMostPages];
+  const uint8_t* next_k[kMostPages];  // of the block after it, to prefetch; always readable addresses
+  const uint8_t* next_v[kMostPages];
 };
 
 constexpr int at_most(int limit, int wanted) { return wanted <= limit ? wanted : at_most(limit, wanted / 2); }
+
+// Pages lie scattered and are short, so the hardware sees no stream: while a block is scored, the next one is fetched,
+// a page of K and of V by cache lines over the steps of d.
+template <KvFormat F>
+SETPOINT_INLINE void prefetch_next(const Block& block, int page, int d) {
+  if constexpr (F == KvFormat::f32) {
+    _mm_prefetch(block.next_k[page] + d * 64, _MM_HINT_T0);
+    _mm_prefetch(block.next_v[page] + d * 64, _MM_HINT_T0);
+  } else {
+    _mm_prefetch((d % 2 == 0 ? block.next_k : block.next_v)[page] + d / 2 * 64, _MM_HINT_T0);
+  }
+}
 
 // scores[r][page * 16 + token] for P pages from `page`: d ascending, one accumulator per (query, token).
 template <KvFormat F, int R, int P>
@@ -42,6 +58,7 @@ SETPOINT_INLINE void score_pages(const Tile& tile, const Block& block, int page,
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < N; ++i) dot[r][i] = broadcast(0.f);
   for (int d = 0; d < head_dim; ++d) {
+    for (int i = 0; i < P; ++i) prefetch_next<F>(block, page + i, d);
     Lanes key[N];
     for (int i = 0; i < N; ++i) key[i] = load_kv<F>(k[i / kParts], static_cast<size_t>(d) * kPageTokens + i % kParts * kLanes);
     for (int r = 0; r < R; ++r) {
@@ -58,39 +75,57 @@ void score_block(const Tile& tile, const Block& block, int head_dim, float* scor
   constexpr int kPages = at_most(kMaxScoreVectors / (R * kParts), kMostPages);
   for (int page = block.first_page; page < block.last_page;) {
     const int left = block.last_page - page;
-    if (kPages >= 4 && left >= 4) score_pages<F, R, at_most(kPages, 4)>(tile, block, page, head_dim, scores), page += 4;
-    else if (kPages >= 2 && left >= 2) score_pages<F, R, at_most(kPages, 2)>(tile, block, page, head_dim, scores), page += 2;
-    else score_pages<F, R, 1>(tile, block, page, head_dim, scores), page += 1;
+    if (kPages >= 4 && left >= 4)
+      score_pages<F, R, at_most(kPages, 4)>(tile, block, page, head_dim, scores), page += 4;
+    else if (kPages >= 2 && left >= 2)
+      score_pages<F, R, at_most(kPages, 2)>(tile, block, page, head_dim, scores), page += 2;
+    else
+      score_pages<F, R, 1>(tile, block, page, head_dim, scores), page += 1;
   }
 }
 
-// Turns the scores of one query into probabilities in place, 0 where masked; updates m and l; returns the factor of o.
-SETPOINT_INLINE float softmax_block(Tile& tile, int r, const Block& block, float scale, float* p) {
-  const TokenRange seen = tile.visible[r].within(block.start, block.start + kBlockTokens);
-  if (seen.empty()) {
-    for (int i = 0; i < kBlockTokens; i += kLanes) store(p + i, broadcast(0.f));
-    return 1.f;
+// Limits of query r's visible lanes in the vector of tokens that starts at `token`.
+SETPOINT_INLINE TokenRange visible_lanes(const Tile& tile, int r, int token) {
+  const TokenRange seen = tile.visible[r].within(token, token + kLanes);
+  return seen.empty() ? TokenRange{0, 0} : TokenRange{seen.begin - token, seen.end - token};
+}
+
+// Turns the scores of query r into probabilities in place, 0 where masked. Sets its new m, its sum of p, and the
+// exponent m - m' of the factor for l and o.
+SETPOINT_INLINE void softmax_row(Tile& tile, int r, int start, float scale, float* p, float& sum, float& exponent) {
+  constexpr int kVectors = kBlockTokens / kLanes;
+  sum = exponent = 0.f;
+  if (tile.visible[r].within(start, start + kBlockTokens).empty()) {  // state stays: factor exp(0), nothing added
+    for (int i = 0; i < kVectors; ++i) store(p + i * kLanes, broadcast(0.f));
+    return;
   }
-  const int begin = seen.begin - block.start, end = seen.end - block.start;
-  Lanes top[kParts], sum[kParts], score[kBlockTokens / kLanes];
-  for (int j = 0; j < kParts; ++j) top[j] = broadcast(tile.m[r]), sum[j] = broadcast(0.f);
-  for (int i = 0; i < kBlockTokens / kLanes; ++i) {
-    const int low = begin - i * kLanes, high = end - i * kLanes;  // visible lanes of this vector
+  Lanes score[kVectors], top[kParts], total[kParts];
+  for (int j = 0; j < kParts; ++j) top[j] = broadcast(tile.m[r]), total[j] = broadcast(0.f);
+  for (int i = 0; i < kVectors; ++i) {
+    const TokenRange lanes = visible_lanes(tile, r, start + i * kLanes);
     score[i] = mul(load(p + i * kLanes), broadcast(scale));
-    if (low > 0 || high < kLanes)
-      score[i] = select_range(low < 0 ? 0 : low > kLanes ? kLanes : low, high < 0 ? 0 : high > kLanes ? kLanes : high, score[i], broadcast(kMinusInfinity));
+    if (lanes.end - lanes.begin < kLanes) score[i] = select_range(lanes.begin, lanes.end, score[i], broadcast(kMinusInfinity));
     top[i % kParts] = max(score[i], top[i % kParts]);
   }
   const float m = tree16_max(top) + 0.f;
-  for (int i = 0; i < kBlockTokens / kLanes; ++i) {
+  for (int i = 0; i < kVectors; ++i) {
     const Lanes value = exp_lanes(sub(score[i], broadcast(m)));
-    sum[i % kParts] = add(sum[i % kParts], value);
+    total[i % kParts] = add(total[i % kParts], value);
     store(p + i * kLanes, value);
   }
-  const float c = exp_scalar(tile.m[r] - m);
+  sum = tree16_sum(total);
+  exponent = tile.m[r] - m;
   tile.m[r] = m;
-  tile.l[r] = __builtin_fmaf(tile.l[r], c, tree16_sum(sum));
-  return c;
+}
+
+// All queries of the tile: scores to probabilities, m and l updated, c the factor of o.
+template <int R>
+SETPOINT_INLINE void softmax_block(Tile& tile, int start, float scale, float* p, float* c) {
+  alignas(64) float sum[kMostQueries] = {}, exponent[kMostQueries] = {};
+  for (int r = 0; r < R; ++r) softmax_row(tile, r, start, scale, p + r * kBlockTokens, sum[r], exponent[r]);
+  const Lanes factor = exp_lanes(load(exponent));
+  store(c, factor);
+  store(tile.l, fma(load(tile.l), factor, load(sum)));
 }
 
 // o[r][d] = o[r][d] * c[r], then fma(p[r][t], v[t][d], o[r][d]) with t ascending, for C vectors from `d`.
@@ -134,9 +169,9 @@ void weigh_block(const Tile& tile, const Block& block, int head_dim, const float
 template <KvFormat F, int R>
 void add_block(const AttentionArgs& a, Tile& tile, const Block& block) {
   alignas(64) float p[R * kBlockTokens];
-  float c[R];
+  alignas(64) float c[kMostQueries];
   score_block<F, R>(tile, block, a.kv.head_dim, p);
-  for (int r = 0; r < R; ++r) c[r] = softmax_block(tile, r, block, a.scale, p + r * kBlockTokens);
+  softmax_block<R>(tile, block.start, a.scale, p, c);
   weigh_block<F, R>(tile, block, a.kv.head_dim, c, p);
 }
 
@@ -144,37 +179,51 @@ template <KvFormat F>
 void add_block(const AttentionArgs& a, Tile& tile, const Block& block) {
   static_assert(kAttentionTileQueries == 6);
   switch (tile.count) {
-    case 1: return add_block<F, 1>(a, tile, block);
-    case 2: return add_block<F, 2>(a, tile, block);
-    case 3: return add_block<F, 3>(a, tile, block);
-    case 4: return add_block<F, 4>(a, tile, block);
-    case 5: return add_block<F, 5>(a, tile, block);
-    default: return add_block<F, 6>(a, tile, block);
+    case 1:
+      return add_block<F, 1>(a, tile, block);
+    case 2:
+      return add_block<F, 2>(a, tile, block);
+    case 3:
+      return add_block<F, 3>(a, tile, block);
+    case 4:
+      return add_block<F, 4>(a, tile, block);
+    case 5:
+      return add_block<F, 5>(a, tile, block);
+    default:
+      return add_block<F, 6>(a, tile, block);
   }
 }
 
-// Pages without a visible token keep the pointers of the block before: nothing reads them.
-SETPOINT_INLINE void find_pages(const AttentionArgs& a, Block& block) {
-  block.first_page = (block.range.begin - block.start) / kPageTokens;
-  block.last_page = (block.range.end - block.start + kPageTokens - 1) / kPageTokens;
-  for (int page = block.first_page; page < block.last_page; ++page) {
-    const size_t element = page_element(a.kv, a.block_table, a.kv_head, block.start + page * kPageTokens);
-    block.k[page] = a.kv.k + element * kv_element_bytes(a.kv.format);
-    block.v[page] = a.kv.v + element * kv_element_bytes(a.kv.format);
+SETPOINT_INLINE void find_pages(const AttentionArgs& a, TokenRange range, int start, const uint8_t** k, const uint8_t** v) {
+  for (int token = range.begin - range.begin % kPageTokens; token < range.end; token += kPageTokens) {
+    const size_t byte = page_element(a.kv, a.block_table, a.kv_head, token) * kv_element_bytes(a.kv.format);
+    k[(token - start) / kPageTokens] = a.kv.k + byte;
+    v[(token - start) / kPageTokens] = a.kv.v + byte;
   }
+}
+
+// The pages of the tile's block at `start`, and of the one after it.
+SETPOINT_INLINE void find_block(const AttentionArgs& a, TokenRange seen, int start, Block& block) {
+  block.start = start;
+  block.range = seen.within(start, start + kBlockTokens);
+  block.first_page = (block.range.begin - start) / kPageTokens;
+  block.last_page = (block.range.end - start + kPageTokens - 1) / kPageTokens;
+  find_pages(a, block.range, start, block.k, block.v);
+  for (int page = block.first_page; page < block.last_page; ++page) block.next_k[page] = block.k[page], block.next_v[page] = block.v[page];
+  const int after = start + kBlockTokens;
+  find_pages(a, seen.within(after, after + kBlockTokens), after, block.next_k, block.next_v);
 }
 
 template <KvFormat F>
 void run_split(const AttentionArgs& a, Tile& tile, int split) {
   const int padded = padded_head_dim(a.kv.head_dim);
-  for (int r = 0; r < tile.count; ++r) tile.m[r] = kMinusInfinity, tile.l[r] = 0.f;
+  for (int r = 0; r < kMostQueries; ++r) tile.m[r] = kMinusInfinity, tile.l[r] = 0.f;
   for (int i = 0; i < tile.count * padded; i += kLanes) store(tile.o + i, broadcast(0.f));
   const TokenRange seen{tile.visible[0].begin, tile.visible[tile.count - 1].end};
+  const TokenRange tokens = seen.within(split * kSplitTokens, (split + 1) * kSplitTokens);
   Block block;
-  for (block.start = split * kSplitTokens; block.start < (split + 1) * kSplitTokens; block.start += kBlockTokens) {
-    block.range = seen.within(block.start, block.start + kBlockTokens);
-    if (block.range.empty()) continue;
-    find_pages(a, block);
+  for (int start = tokens.begin - tokens.begin % kBlockTokens; start < tokens.end; start += kBlockTokens) {
+    find_block(a, seen, start, block);
     add_block<F>(a, tile, block);
   }
   for (int i = 0; i < tile.count * padded; i += kLanes) store(tile.o + i, add(load(tile.o + i), broadcast(0.f)));
@@ -252,8 +301,11 @@ void attention_of(const AttentionArgs& a) {
       fill_tile(a, first, queries - first < tile_queries ? queries - first : tile_queries, tile);
       run_split<F>(a, tile, split);
       for (int r = 0; r < tile.count; ++r) {
-        if (a.partial != nullptr) write_partial(a, first + r, split, tile, r);
-        else add_split(totals[first + r], total_o + static_cast<size_t>(first + r) * padded, tile.m[r], tile.l[r], tile.o + r * padded, head_dim);
+        if (a.partial != nullptr)
+          write_partial(a, first + r, split, tile, r);
+        else
+          add_split(totals[first + r], total_o + static_cast<size_t>(first + r) * padded, tile.m[r], tile.l[r], tile.o + r * padded,
+                    head_dim);
       }
     }
   if (a.partial != nullptr) return;
@@ -264,9 +316,12 @@ void attention_of(const AttentionArgs& a) {
 void attention(const AttentionArgs& a) {
   if (a.kv.head_dim % 8 != 0) return ref_attention(a);  // no model has such heads; vectors of V would need more masks
   switch (a.kv.format) {
-    case KvFormat::f32: return attention_of<KvFormat::f32>(a);
-    case KvFormat::f16: return attention_of<KvFormat::f16>(a);
-    case KvFormat::bf16: return attention_of<KvFormat::bf16>(a);
+    case KvFormat::f32:
+      return attention_of<KvFormat::f32>(a);
+    case KvFormat::f16:
+      return attention_of<KvFormat::f16>(a);
+    case KvFormat::bf16:
+      return attention_of<KvFormat::bf16>(a);
   }
 }
 
@@ -279,47 +334,6 @@ void attention_merge(const float* partial, int rows, int group, int splits, int 
       for (int s = 0; s < splits; ++s, partial += head_dim + 2) add_split(total, result, partial[0], partial[1], partial + 2, head_dim);
       write_result(total, result, head_dim, result);
     }
-}
-
-// K is converted a row at a time, then spread over its page: one token is one column of [head_dim][16].
-template <KvFormat F>
-void store_row(const float* k, const float* v, int head_dim, int slot, uint8_t* k_page, uint8_t* v_page) {
-  using Element = std::conditional_t<F == KvFormat::f32, uint32_t, uint16_t>;
-  for (int d = 0; d < head_dim; d += kLanes) {
-    const int n = head_dim - d < kLanes ? head_dim - d : kLanes;
-    store_kv_first<F>(v_page, static_cast<size_t>(slot) * head_dim + d, n, load_first(v + d, n));
-    alignas(64) Element column[kLanes];
-    store_kv_first<F>(reinterpret_cast<uint8_t*>(column), 0, n, load_first(k + d, n));
-    Element* page = reinterpret_cast<Element*>(k_page) + d * kPageTokens + slot;
-    for (int i = 0; i < n; ++i) page[i * kPageTokens] = column[i];
-  }
-}
-
-template <KvFormat F>
-void kv_store_of(const KvStoreArgs& a) {
-  const int head_dim = a.kv.head_dim;
-  for (int row = 0; row < a.rows; ++row)
-    for (int head = 0; head < a.kv.kv_heads; ++head) {
-      const size_t offset = static_cast<size_t>(head) * head_dim;
-      const size_t page = page_element(a.kv, a.block_table, head, a.position + row) * kv_element_bytes(F);
-      store_row<F>(a.k + row * a.k_stride + offset, a.v + row * a.v_stride + offset, head_dim, (a.position + row) % kPageTokens,
-                   a.kv.k + page, a.kv.v + page);
-    }
-}
-
-void kv_store(const KvStoreArgs& a) {
-  if (a.kv.head_dim % 8 != 0) return ref_kv_store(a);
-  switch (a.kv.format) {
-    case KvFormat::f32: return kv_store_of<KvFormat::f32>(a);
-    case KvFormat::f16: return kv_store_of<KvFormat::f16>(a);
-    case KvFormat::bf16: return kv_store_of<KvFormat::bf16>(a);
-  }
-}
-
-void register_attention(KernelTable& t) {
-  t.kv_store = kv_store;
-  t.attention = attention;
-  t.attention_merge = attention_merge;
 }
 
 }  // namespace

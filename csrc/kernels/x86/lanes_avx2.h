@@ -57,7 +57,9 @@ SETPOINT_INLINE Lanes load_kv(const uint8_t* base, size_t element) {
 
 // Head sizes are multiples of 8 here, so a whole vector is always there.
 template <KvFormat F>
-SETPOINT_INLINE Lanes load_kv_first(const uint8_t* base, size_t element, int) { return load_kv<F>(base, element); }
+SETPOINT_INLINE Lanes load_kv_first(const uint8_t* base, size_t element, int) {
+  return load_kv<F>(base, element);
+}
 
 SETPOINT_INLINE __m128i narrow_f16(Lanes x) {
   x = max(broadcast(-kF16Largest), min(broadcast(kF16Largest), x));
@@ -79,8 +81,10 @@ SETPOINT_INLINE __m128i narrow_bf16(Lanes x) {
 
 template <KvFormat F>
 SETPOINT_INLINE void store_kv_first(uint8_t* base, size_t element, int, Lanes x) {
-  if constexpr (F == KvFormat::f32) _mm256_storeu_ps(reinterpret_cast<float*>(base) + element, x);
-  else _mm_storeu_si128(reinterpret_cast<__m128i*>(base + element * 2), F == KvFormat::f16 ? narrow_f16(x) : narrow_bf16(x));
+  if constexpr (F == KvFormat::f32)
+    _mm256_storeu_ps(reinterpret_cast<float*>(base) + element, x);
+  else
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(base + element * 2), F == KvFormat::f16 ? narrow_f16(x) : narrow_bf16(x));
 }
 
 }  // namespace

@@ -83,8 +83,10 @@ SETPOINT_INLINE __m256i narrow_bf16(Lanes x) {
 
 template <KvFormat F>
 SETPOINT_INLINE void store_kv_first(uint8_t* base, size_t element, int n, Lanes x) {
-  if constexpr (F == KvFormat::f32) _mm512_mask_storeu_ps(base + element * 4, first_mask(n), x);
-  else _mm256_mask_storeu_epi16(base + element * 2, first_mask(n), F == KvFormat::f16 ? narrow_f16(x) : narrow_bf16(x));
+  if constexpr (F == KvFormat::f32)
+    _mm512_mask_storeu_ps(base + element * 4, first_mask(n), x);
+  else
+    _mm256_mask_storeu_epi16(base + element * 2, first_mask(n), F == KvFormat::f16 ? narrow_f16(x) : narrow_bf16(x));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 #include "kernels/kernels.h"
-// Lanes first: the other headers are written in them.
+// The order matters: what follows is written in the Lanes of this ISA.
 #include "kernels/x86/lanes_avx2.h"
 
 #include "kernels/x86/lanes_math.h"
@@ -7,7 +7,7 @@
 
 namespace setpoint {
 
-void register_avx2_attention(KernelTable& t);
+void register_avx2_attention(KernelTable& t);  // attention_avx2.cpp
 
 void register_avx2_layers(KernelTable& t) {
   t.rms_norm = rms_norm;

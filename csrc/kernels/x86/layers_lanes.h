@@ -22,8 +22,7 @@ void rms_norm(const float* x, size_t x_stride, const float* weight, float eps, i
       sum[j] = fma(v, v, sum[j]);
     }
     Lanes lane[kParts];
-    for (int j = 0; j < kParts; ++j)
-      lane[j] = add(add(sum[j], sum[j + kParts]), add(sum[j + 2 * kParts], sum[j + 3 * kParts]));
+    for (int j = 0; j < kParts; ++j) lane[j] = add(add(sum[j], sum[j + kParts]), add(sum[j + 2 * kParts], sum[j + 3 * kParts]));
     const float variance = tree16_sum(lane) / static_cast<float>(n) + eps;
     const Lanes inverse = broadcast(1.f / _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(variance))));
     for (i = 0; i + kLanes <= n; i += kLanes) store(y + i, mul(mul(load(in + i), inverse), load(weight + i)));
@@ -62,9 +61,7 @@ void rope(float* x, size_t x_stride, int rows, int heads, int head_dim, int half
 }
 
 struct SiluMul {
-  SETPOINT_INLINE Lanes apply(Lanes gate, Lanes up) {
-    return mul(div(gate, add(broadcast(1.f), exp_lanes(negate(gate)))), up);
-  }
+  SETPOINT_INLINE Lanes apply(Lanes gate, Lanes up) { return mul(div(gate, add(broadcast(1.f), exp_lanes(negate(gate)))), up); }
 };
 
 struct GeluTanhMul {

@@ -1,0 +1,47 @@
+// Rows of K and V into their pages over Lanes, rounded as math.h does it.
+#pragma once
+#include <type_traits>
+
+namespace setpoint {
+namespace {
+
+// K is converted a row at a time, then spread over its page: one token is one column of [head_dim][16].
+template <KvFormat F>
+void store_row(const float* k, const float* v, int head_dim, int slot, uint8_t* k_page, uint8_t* v_page) {
+  using Element = std::conditional_t<F == KvFormat::f32, uint32_t, uint16_t>;
+  for (int d = 0; d < head_dim; d += kLanes) {
+    const int n = head_dim - d < kLanes ? head_dim - d : kLanes;
+    store_kv_first<F>(v_page, static_cast<size_t>(slot) * head_dim + d, n, load_first(v + d, n));
+    alignas(64) Element column[kLanes];
+    store_kv_first<F>(reinterpret_cast<uint8_t*>(column), 0, n, load_first(k + d, n));
+    Element* page = reinterpret_cast<Element*>(k_page) + d * kPageTokens + slot;
+    for (int i = 0; i < n; ++i) page[i * kPageTokens] = column[i];
+  }
+}
+
+template <KvFormat F>
+void kv_store_of(const KvStoreArgs& a) {
+  const int head_dim = a.kv.head_dim;
+  for (int row = 0; row < a.rows; ++row)
+    for (int head = 0; head < a.kv.kv_heads; ++head) {
+      const size_t offset = static_cast<size_t>(head) * head_dim;
+      const size_t page = page_element(a.kv, a.block_table, head, a.position + row) * kv_element_bytes(F);
+      store_row<F>(a.k + row * a.k_stride + offset, a.v + row * a.v_stride + offset, head_dim, (a.position + row) % kPageTokens,
+                   a.kv.k + page, a.kv.v + page);
+    }
+}
+
+void kv_store(const KvStoreArgs& a) {
+  if (a.kv.head_dim % 8 != 0) return ref_kv_store(a);
+  switch (a.kv.format) {
+    case KvFormat::f32:
+      return kv_store_of<KvFormat::f32>(a);
+    case KvFormat::f16:
+      return kv_store_of<KvFormat::f16>(a);
+    case KvFormat::bf16:
+      return kv_store_of<KvFormat::bf16>(a);
+  }
+}
+
+}  // namespace
+}  // namespace setpoint
