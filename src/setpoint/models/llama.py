@@ -9,6 +9,7 @@ from setpoint.models import fields
 from setpoint.models.spec import Attention, Block, Embedding, Family, GatedMLP, Head, Model, Repeat, RMSNorm
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def build(config: Mapping[str, Any]) -> Model:
@@ -20,6 +21,7 @@ def build(config: Mapping[str, Any]) -> Model:
     rope = fields.rope(config)
     with_rope = fields.flags(config, "no_rope_layers", layers) or [1] * layers  # 1 = the layer has rope
     bias = PROJECTIONS if fields.flag(config, "attention_bias", False) else ()
+    mlp_bias = MLP_PROJECTIONS if fields.flag(config, "mlp_bias", False) else ()
     act = fields.activation(config, "hidden_act", {"silu": "silu"}, "silu")
     window = config.get("sliding_window") if config.get("model_type") == "mistral" else None
 
@@ -36,7 +38,7 @@ def build(config: Mapping[str, Any]) -> Model:
                 bias=bias,
             ),
             RMSNorm("post_attention_layernorm", eps),
-            GatedMLP("mlp", intermediate, act),
+            GatedMLP("mlp", intermediate, act, bias=mlp_bias),
         )
 
     return Model(
