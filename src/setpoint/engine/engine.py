@@ -293,10 +293,10 @@ class Engine:
             events = scheduler.take_events() + scheduler.fail_all(failure, self._clock(), running_only=True)
             self._hand_over(events)
             return True
-        self._log_errors(events)
-        self._hand_over(events)
         if suspicion is not None and not self._runner_works():
             self._record_failure(suspicion)
+        self._log_errors(events)
+        self._hand_over(events)
         return bool(plan.entries or events)
 
     def _runner_works(self) -> bool:
