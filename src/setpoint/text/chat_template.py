@@ -46,13 +46,14 @@ class ChatTemplate:
         return self._source is not None
 
     @property
+    def variables(self) -> frozenset[str]:
+        """Every name that the template reads and does not set itself."""
+        return self._reads
+
+    @property
     def allowed_kwargs(self) -> frozenset[str]:
         """The names that a request may set: those the template reads and the engine does not set."""
         return self._reads - _OWN_VARIABLES
-
-    @property
-    def reads_tools(self) -> bool:
-        return "tools" in self._reads
 
     def close(self) -> None:
         """End the template's processes; they also end with this object or the program."""
@@ -129,7 +130,7 @@ class ChatTemplate:
             if name not in self.allowed_kwargs:
                 known = ", ".join(sorted(self.allowed_kwargs)) or "none"
                 raise RequestError(
-                    f"chat_template_kwargs: the model's template does not read {_one_line(str(name))!r}; it reads: {known}",
+                    f"chat_template_kwargs: the template does not read {_one_line(str(name))!r}; it reads: {known}",
                     param="chat_template_kwargs",
                     reason="unknown_field",
                 )

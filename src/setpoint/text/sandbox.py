@@ -68,6 +68,10 @@ class _Process:
             raise SandboxStartError("it ends at once") from None
 
     @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
     def is_running(self) -> bool:
         return self._popen.poll() is None
 

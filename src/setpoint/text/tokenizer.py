@@ -36,6 +36,9 @@ class Tokenizer:
         self.eos_token_ids = frozenset(eos_token_ids) | frozenset(own_end)
         self.vocab_size = vocabulary.size
 
+    def __len__(self) -> int:
+        return self.vocab_size
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written in it are read as such.
 
