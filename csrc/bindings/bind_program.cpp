@@ -1,6 +1,7 @@
 // The lowered program, built by runtime/cpu/lower.py and stepped by runtime/cpu/runner.py; the machine's features.
 #include "bindings/bindings.h"
 #include "bindings/weight.h"
+#include "core/affinity.h"
 #include "core/cpu_features.h"
 #include "program/program.h"
 
@@ -15,10 +16,6 @@
 #include <string>
 #include <thread>
 #include <vector>
-
-#if defined(__linux__)
-#include <sched.h>
-#endif
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -123,12 +120,8 @@ std::vector<std::string> features() {
 
 // CPUs this process may run on: affinity masks and containers count, machine size does not.
 int num_cpus() {
-#if defined(__linux__)
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
-#endif
-  const unsigned count = std::thread::hardware_concurrency();
-  return count == 0 ? 1 : static_cast<int>(count);
+  if (const size_t allowed = allowed_cpus().size(); allowed > 0) return static_cast<int>(allowed);
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
 // Runs a pool as a step does and counts what a thread saw of the others after each barrier; for tests.

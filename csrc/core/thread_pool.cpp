@@ -1,13 +1,11 @@
 #include "core/thread_pool.h"
 
+#include "core/affinity.h"
+
 #include <chrono>
 #include <stdexcept>
 #include <utility>
 
-#if defined(__linux__)
-#include <pthread.h>
-#include <sched.h>
-#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -26,39 +24,21 @@ void pause_cpu() {
 #endif
 }
 
-int num_allowed_cpus() {
-#if defined(__linux__)
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
-#endif
-  return static_cast<int>(std::thread::hardware_concurrency());
+// The first `num_threads` CPUs, or none when there are not as many.
+std::vector<int> cpus_for(int num_threads) {
+  std::vector<int> cpus = allowed_cpus();
+  cpus.resize(static_cast<size_t>(num_threads) <= cpus.size() ? static_cast<size_t>(num_threads) : 0);
+  return cpus;
 }
 
-// Worker i gets the i-th CPU the process may use. The caller stays free: it is Python's thread, not ours, and what
-// it starts later would inherit its affinity.
-void pin_worker(int thread, int num_threads) {
-#if defined(__linux__)
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || num_threads > CPU_COUNT(&allowed)) return;
-  int seen = 0;
-  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-    if (!CPU_ISSET(cpu, &allowed) || seen++ != thread) continue;
-    cpu_set_t one;
-    CPU_ZERO(&one);
-    CPU_SET(cpu, &one);
-    pthread_setaffinity_np(pthread_self(), sizeof one, &one);
-    return;
-  }
-#else
-  (void)thread, (void)num_threads;
-#endif
+int checked(int num_threads) {
+  if (num_threads < 1 || num_threads > 1024) throw std::invalid_argument("num_threads must lie in [1, 1024]");
+  return num_threads;
 }
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), spin_(num_threads <= num_allowed_cpus()) {
-  if (num_threads < 1 || num_threads > 1024) throw std::invalid_argument("num_threads must lie in [1, 1024]");
-}
+ThreadPool::ThreadPool(int num_threads) : num_threads_(checked(num_threads)), cpus_(cpus_for(num_threads)) {}
 
 ThreadPool::~ThreadPool() {
   stopping_ = true;
@@ -68,7 +48,7 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::wait_while(std::atomic<int>& word, int value) {
-  if (spin_) {
+  if (!cpus_.empty()) {
     const auto deadline = std::chrono::steady_clock::now() + kSpin;
     do {
       for (int i = 0; i < 64; ++i) {
@@ -87,7 +67,7 @@ void ThreadPool::start_workers() {
 }
 
 void ThreadPool::work(int thread) {
-  pin_worker(thread, num_threads_);
+  if (!cpus_.empty()) pin_thread(cpus_[static_cast<size_t>(thread)]);
   int seen = 0;  // workers start before the first run, while generation_ is still 0
   for (;;) {
     wait_while(generation_, seen);
@@ -116,6 +96,7 @@ void ThreadPool::call(int thread) noexcept {
 
 void ThreadPool::run_task(Task task, void* context) {
   if (static_cast<int>(workers_.size()) + 1 < num_threads_) start_workers();
+  const ScopedPin pin(cpus_.empty() || num_threads_ == 1 ? -1 : cpus_[0]);
   task_ = task;
   context_ = context;
   busy_.store(num_threads_ - 1, std::memory_order_relaxed);

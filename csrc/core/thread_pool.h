@@ -1,7 +1,8 @@
 // Persistent threads for a step: the caller and its workers run one function together, meeting at barriers.
 //
 // Waiting spins (loads and `pause`) for some tens of microseconds and then sleeps in the kernel: a barrier inside a
-// step costs well under a microsecond, an idle engine costs nothing.
+// step costs well under a microsecond, an idle engine costs nothing. Every thread has a CPU of its own for the
+// length of a run, the caller too: threads that sleep often look idle, and a kernel may pack them onto one CPU.
 #pragma once
 #include <atomic>
 #include <exception>
@@ -44,7 +45,7 @@ class ThreadPool {
   void wait_while(std::atomic<int>& word, int value);
 
   const int num_threads_;
-  const bool spin_;  // not with more threads than CPUs: the one waited for may need ours
+  const std::vector<int> cpus_;  // one a thread; empty with more threads than CPUs: then nobody is pinned or spins
   std::vector<std::thread> workers_;
   Task task_ = nullptr;
   void* context_ = nullptr;

@@ -12,7 +12,9 @@ constexpr int kRowTile = 8;  // rows that pass through a stage's ops together
 
 void RowStage::run(const Step& step, int thread) {
   const long rows = step.batch.num_tokens(), threads = step.pool.size();
-  const int first = static_cast<int>(rows * thread / threads), last = static_cast<int>(rows * (thread + 1) / threads);
+  // Rounded up, so that a single row is the caller's: it is awake for certain.
+  const int first = static_cast<int>((rows * thread + threads - 1) / threads);
+  const int last = static_cast<int>((rows * (thread + 1) + threads - 1) / threads);
   for (int begin = first; begin < last; begin += kRowTile) {
     const int end = std::min(begin + kRowTile, last);
     for (const auto& op : ops_) op->run(step, begin, end);
