@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from tiny_models import TINY_MODELS, TinyModel, write_directory, write_gguf
+
+UNPICKLED: list[str] = []
+SOURCE = str(Path(__file__).parents[1] / "src" / "setpoint")
+
+
+def _watch_for_pickle(event: str, arguments: tuple[object, ...]) -> None:
+    """Remember every class that was unpickled on behalf of our code."""
+    if event != "pickle.find_class":
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(SOURCE):
+            UNPICKLED.append(f"{frame.f_code.co_filename}:{frame.f_lineno} {arguments}")
+            return
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+sys.addaudithook(_watch_for_pickle)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Zero pickle, seen at run time over the whole suite."""
+    if UNPICKLED:
+        print("setpoint unpickled:", *UNPICKLED, sep="\n  ", file=sys.stderr)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")
