@@ -32,8 +32,7 @@ using Sources = std::vector<std::pair<std::string, RawArray>>;
 
 std::vector<RawRows> raw_rows(const Sources& sources) {
   std::vector<RawRows> rows;
-  for (const auto& [format, raw] : sources)
-    rows.push_back({&block_format(format), raw.data(), raw.size(), int64_t(raw.shape(0))});
+  for (const auto& [format, raw] : sources) rows.push_back({&block_format(format), raw.data(), raw.size(), int64_t(raw.shape(0))});
   return rows;
 }
 
@@ -80,9 +79,15 @@ nb::tuple quantize_rows(const std::string& isa, FloatMatrix x) {
 
 void run_matmul(const KernelTable& kernels, const MatmulArgs& args) {
   switch (args.weight->codes) {
-    case Codes::u4: kernels.matmul_u4(args); return;
-    case Codes::u8: kernels.matmul_u8(args); return;
-    default: kernels.matmul_float(args); return;
+    case Codes::u4:
+      kernels.matmul_u4(args);
+      return;
+    case Codes::u8:
+      kernels.matmul_u8(args);
+      return;
+    default:
+      kernels.matmul_float(args);
+      return;
   }
 }
 
@@ -145,21 +150,25 @@ std::vector<std::string> isas() {
 void bind_matmul(nb::module_& m) {
   nb::class_<Weight>(m, "Weight", "A weight matrix [n, k] repacked for the matmul kernels.")
       .def_static(
-          "pack", [](const std::string& format, RawArray raw, int64_t cols) { return pack({{format, raw}}, cols); }, "format"_a,
-          "raw"_a, "cols"_a, "Repack raw rows, uint8 [rows, bytes_per_row], without loss. Raises ValueError on a wrong size.")
+          "pack", [](const std::string& format, RawArray raw, int64_t cols) { return pack({{format, raw}}, cols); }, "format"_a, "raw"_a,
+          "cols"_a, "Repack raw rows, uint8 [rows, bytes_per_row], without loss. Raises ValueError on a wrong size.")
       .def_static("pack_rows", &pack, "sources"_a, "cols"_a,
                   "Stack (format, raw) pairs row by row and repack them; all must become the same packed layout.")
       .def_static(
           "pack_dequantized", [](const std::string& format, RawArray raw, int64_t cols) { return pack_dequantized({{format, raw}}, cols); },
           "format"_a, "raw"_a, "cols"_a, "Repack raw rows as float32.")
       .def_static("pack_rows_dequantized", &pack_dequantized, "sources"_a, "cols"_a, "Stack (format, raw) pairs as float32.")
-      .def_prop_ro("n", [](const Weight& w) { return w.matrix.weight().n; }, "Output channels.")
-      .def_prop_ro("k", [](const Weight& w) { return w.matrix.weight().k; }, "Inputs.")
-      .def_prop_ro("codes", [](const Weight& w) { return codes_name(w.matrix.weight().codes); }, "f32, f16, bf16, u4 or u8.")
+      .def_prop_ro(
+          "n", [](const Weight& w) { return w.matrix.weight().n; }, "Output channels.")
+      .def_prop_ro(
+          "k", [](const Weight& w) { return w.matrix.weight().k; }, "Inputs.")
+      .def_prop_ro(
+          "codes", [](const Weight& w) { return codes_name(w.matrix.weight().codes); }, "f32, f16, bf16, u4 or u8.")
       .def_prop_ro("nbytes", [](const Weight& w) { return w.matrix.num_bytes(); }, "Bytes of the packed storage.");
 
-  m.def("packs_like", [](const std::string& a, const std::string& b) { return block_format(a).packs_like(block_format(b)); }, "a"_a,
-        "b"_a, "Whether rows of the two formats can be stacked in one Weight.");
+  m.def(
+      "packs_like", [](const std::string& a, const std::string& b) { return block_format(a).packs_like(block_format(b)); }, "a"_a, "b"_a,
+      "Whether rows of the two formats can be stacked in one Weight.");
   m.def("dequantize_rows", &lookup_rows, "format"_a, "raw"_a, "cols"_a, "ids"_a,
         "Rows `ids` (int32) of raw uint8 [rows, bytes_per_row] as float32 [ids, cols].");
   m.def("kernels_matmul", &matmul, "isa"_a, "weight"_a, "x"_a, "bias"_a.none() = nb::none(), "out"_a.none() = nb::none(),

@@ -18,6 +18,7 @@ namespace {
 
 constexpr ScaleType f16 = ScaleType::f16, f32 = ScaleType::f32;
 
+// clang-format off
 constexpr BlockFormat kFormats[] = {
     // name, elements, bytes, codes, scales, affine, zero point, group
     {"F32", 1, 4, Codes::f32, f32, false, 0, 0, nullptr},
@@ -34,6 +35,7 @@ constexpr BlockFormat kFormats[] = {
     {"Q5_K", 256, 176, Codes::u8, f32, true, 0, 32, unpack_q5_k},
     {"Q6_K", 256, 210, Codes::u8, f32, false, 32, 16, unpack_q6_k},
 };
+// clang-format on
 
 void dequantize_block(const BlockFormat& format, const uint8_t* block, float* out) {
   uint8_t codes[kMaxBlockElements];
@@ -62,17 +64,24 @@ size_t bytes_per_row(const BlockFormat& format, int64_t cols) {
 
 void dequantize_blocks(const BlockFormat& format, const uint8_t* raw, int64_t count, float* out) {
   switch (format.codes) {
-    case Codes::f32: std::memcpy(out, raw, size_t(count) * sizeof(float)); return;
-    case Codes::f16: for (int64_t i = 0; i < count; ++i) out[i] = load_f16(raw + 2 * i); return;
-    case Codes::bf16: for (int64_t i = 0; i < count; ++i) out[i] = bf16_to_f32(load_u16(raw + 2 * i)); return;
+    case Codes::f32:
+      std::memcpy(out, raw, size_t(count) * sizeof(float));
+      return;
+    case Codes::f16:
+      for (int64_t i = 0; i < count; ++i) out[i] = load_f16(raw + 2 * i);
+      return;
+    case Codes::bf16:
+      for (int64_t i = 0; i < count; ++i) out[i] = bf16_to_f32(load_u16(raw + 2 * i));
+      return;
     case Codes::u4:
-    case Codes::u8: break;
+    case Codes::u8:
+      break;
   }
   for (int64_t i = 0; i < count; i += format.block_elements, raw += format.block_bytes) dequantize_block(format, raw, out + i);
 }
 
-void dequantize_rows(const BlockFormat& format, const uint8_t* raw, size_t raw_size, int64_t rows, int64_t cols,
-                     const int32_t* ids, size_t num_ids, float* out) {
+void dequantize_rows(const BlockFormat& format, const uint8_t* raw, size_t raw_size, int64_t rows, int64_t cols, const int32_t* ids,
+                     size_t num_ids, float* out) {
   const size_t row_bytes = bytes_per_row(format, cols);
   if (rows < 0 || raw_size / row_bytes != size_t(rows) || raw_size % row_bytes != 0)
     throw std::invalid_argument("the raw size does not match " + std::to_string(rows) + " rows of " + format.name);

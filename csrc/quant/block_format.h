@@ -26,8 +26,8 @@ struct BlockFormat {
 
   bool is_float() const { return unpack == nullptr; }
   bool packs_like(const BlockFormat& other) const {
-    return codes == other.codes && scale_type == other.scale_type && affine == other.affine &&
-           zero_point == other.zero_point && group == other.group;
+    return codes == other.codes && scale_type == other.scale_type && affine == other.affine && zero_point == other.zero_point &&
+           group == other.group;
   }
 };
 
@@ -42,7 +42,7 @@ void dequantize_blocks(const BlockFormat& format, const uint8_t* raw, int64_t co
 
 // Rows `ids` of a matrix of `rows` x `cols` weights to out [num_ids, cols]: the embedding lookup.
 // Throws std::invalid_argument when the size does not match or an id is out of range.
-void dequantize_rows(const BlockFormat& format, const uint8_t* raw, size_t raw_size, int64_t rows, int64_t cols,
-                     const int32_t* ids, size_t num_ids, float* out);
+void dequantize_rows(const BlockFormat& format, const uint8_t* raw, size_t raw_size, int64_t rows, int64_t cols, const int32_t* ids,
+                     size_t num_ids, float* out);
 
 }  // namespace setpoint

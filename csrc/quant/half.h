@@ -21,8 +21,8 @@ inline uint16_t f32_to_f16(float x) {
   const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
   const uint32_t magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
-  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and up
-  if (magnitude < 0x38800000) {                                // below 2^-14: a subnormal, in units of 2^-24
+  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);     // 65520 and up
+  if (magnitude < 0x38800000) {                                    // below 2^-14: a subnormal, in units of 2^-24
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;  // the addition rounds at 2^-24
     return uint16_t(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000));
   }

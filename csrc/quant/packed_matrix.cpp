@@ -23,11 +23,15 @@ size_t round_up(size_t x, size_t unit) { return (x + unit - 1) / unit * unit; }
 
 size_t bytes_of_codes(Codes codes, size_t elements) {
   switch (codes) {
-    case Codes::f32: return elements * 4;
+    case Codes::f32:
+      return elements * 4;
     case Codes::f16:
-    case Codes::bf16: return elements * 2;
-    case Codes::u8: return elements;
-    case Codes::u4: return elements / 2;
+    case Codes::bf16:
+      return elements * 2;
+    case Codes::u8:
+      return elements;
+    case Codes::u4:
+      return elements / 2;
   }
   return 0;
 }
@@ -39,8 +43,7 @@ int64_t checked_rows(std::span<const RawRows> sources, int64_t cols) {
   for (const RawRows& source : sources) {
     const size_t row_bytes = bytes_per_row(*source.format, cols);
     if (source.rows <= 0 || source.rows > kMaxRows || source.size != size_t(source.rows) * row_bytes)
-      throw std::invalid_argument("the raw size does not match " + std::to_string(source.rows) + " rows of " +
-                                  source.format->name);
+      throw std::invalid_argument("the raw size does not match " + std::to_string(source.rows) + " rows of " + source.format->name);
     rows += source.rows;
     if (rows > kMaxRows) throw std::invalid_argument("too many rows to pack");
   }
@@ -62,8 +65,10 @@ RawRow find_row(std::span<const RawRows> sources, int64_t row, int64_t cols) {
 }
 
 void write_group_value(void* array, ScaleType type, size_t index, float value) {
-  if (type == ScaleType::f32) static_cast<float*>(array)[index] = value;
-  else static_cast<uint16_t*>(array)[index] = f32_to_f16(value);  // exact: the value came from an f16
+  if (type == ScaleType::f32)
+    static_cast<float*>(array)[index] = value;
+  else
+    static_cast<uint16_t*>(array)[index] = f32_to_f16(value);  // exact: the value came from an f16
 }
 
 struct Target {  // the writable side of a PackedWeight
@@ -120,8 +125,10 @@ void pack_float_run(const Target& t, const RawRow& row, int panel, int lane, int
   const BlockFormat& format = *row.format;
   const uint8_t* raw = row.data + size_t(k / format.block_elements) * size_t(format.block_bytes);
   if (format.codes == t.weight.codes) {
-    if (width == 4) scatter<float>(raw, out, count);
-    else scatter<uint16_t>(raw, out, count);
+    if (width == 4)
+      scatter<float>(raw, out, count);
+    else
+      scatter<uint16_t>(raw, out, count);
     return;
   }
   float values[kMaxBlockElements];
@@ -140,8 +147,7 @@ void pack_panel(const Target& t, std::span<const RawRows> sources, int panel) {
   }
   // All lanes of a run before the next run, while its 16 KiB of the panel are in L1.
   for (int k = 0; k < t.weight.k; k += kMaxBlockElements)
-    for (int lane = 0; lane < channels; ++lane)
-      pack_float_run(t, rows[lane], panel, lane, k, std::min(kMaxBlockElements, t.weight.k - k));
+    for (int lane = 0; lane < channels; ++lane) pack_float_run(t, rows[lane], panel, lane, k, std::min(kMaxBlockElements, t.weight.k - k));
 }
 
 void pack_panels(const Target& t, std::span<const RawRows> sources) {

@@ -83,8 +83,10 @@ __attribute__((noinline)) void run_tile(const Tile& t) {
       acc[r][0] = acc[r][1] = Affine ? _mm256_setzero_si256() : _mm256_set1_epi32(t.offset[r * kMaxChunkGroups + g]);
 
     const uint8_t* data = t.data + size_t(g) * group_bytes;
-    if constexpr (Kind == Codes::u4) dot_u4<Rows>(data, t.x + g * Group, t.x_stride, acc);
-    else dot_u8<Group, Rows>(data, t.x + g * Group, t.x_stride, acc);
+    if constexpr (Kind == Codes::u4)
+      dot_u4<Rows>(data, t.x + g * Group, t.x_stride, acc);
+    else
+      dot_u8<Group, Rows>(data, t.x + g * Group, t.x_stride, acc);
 
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -113,10 +115,18 @@ struct Widening {
   static void run(Tile t, int rows, int panels) {
     for (int p = 0; p < panels; ++p) {
       switch (rows) {
-        case 1: run_tile<Kind, Group, Affine, 1>(t); break;
-        case 2: run_tile<Kind, Group, Affine, 2>(t); break;
-        case 3: run_tile<Kind, Group, Affine, 3>(t); break;
-        default: run_tile<Kind, Group, Affine, 4>(t); break;
+        case 1:
+          run_tile<Kind, Group, Affine, 1>(t);
+          break;
+        case 2:
+          run_tile<Kind, Group, Affine, 2>(t);
+          break;
+        case 3:
+          run_tile<Kind, Group, Affine, 3>(t);
+          break;
+        default:
+          run_tile<Kind, Group, Affine, 4>(t);
+          break;
       }
       t.data += t.data_stride;
       t.scales += t.scale_stride;
@@ -129,13 +139,17 @@ struct Widening {
 
 template <Codes Kind, int Group>
 void matmul(const MatmulArgs& m) {
-  if (m.weight->affine) walk<Widening<Kind, Group, true>>(m);
-  else walk<Widening<Kind, Group, false>>(m);
+  if (m.weight->affine)
+    walk<Widening<Kind, Group, true>>(m);
+  else
+    walk<Widening<Kind, Group, false>>(m);
 }
 
 void matmul_u8(const MatmulArgs& m) {
-  if (m.weight->group == 16) matmul<Codes::u8, 16>(m);
-  else matmul<Codes::u8, 32>(m);
+  if (m.weight->group == 16)
+    matmul<Codes::u8, 16>(m);
+  else
+    matmul<Codes::u8, 32>(m);
 }
 
 }  // namespace

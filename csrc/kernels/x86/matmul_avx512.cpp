@@ -18,8 +18,7 @@ inline __m512 load_scales(const uint8_t* at) {
 
 inline __m512 load_scales(const Tile& t, const uint8_t* base, int panel, int group) {
   const size_t panel_at = size_t(panel) * t.scale_stride;
-  return t.half_scales ? load_scales<true>(base + panel_at + size_t(group) * 32)
-                       : load_scales<false>(base + panel_at + size_t(group) * 64);
+  return t.half_scales ? load_scales<true>(base + panel_at + size_t(group) * 32) : load_scales<false>(base + panel_at + size_t(group) * 64);
 }
 
 inline __m512i broadcast4(const int8_t* codes) {
@@ -84,14 +83,15 @@ __attribute__((noinline)) void run_tile(const Tile& t) {
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-      for (int p = 0; p < Panels; ++p)
-        acc[r][p] = Affine ? _mm512_setzero_si512() : _mm512_set1_epi32(t.offset[r * kMaxChunkGroups + g]);
+      for (int p = 0; p < Panels; ++p) acc[r][p] = Affine ? _mm512_setzero_si512() : _mm512_set1_epi32(t.offset[r * kMaxChunkGroups + g]);
 
     for (int i = 0; i < t.ahead_lines; ++i) _mm_prefetch(t.ahead + (g * t.ahead_lines + i) * 64, _MM_HINT_T1);
 
     const uint8_t* data = t.data + size_t(g) * group_bytes;
-    if constexpr (Kind == Codes::u4) dot_u4<Rows, Panels>(t, data, t.x + g * Group, acc);
-    else dot_u8<Group, Rows, Panels>(t, data, t.x + g * Group, acc);
+    if constexpr (Kind == Codes::u4)
+      dot_u4<Rows, Panels>(t, data, t.x + g * Group, acc);
+    else
+      dot_u8<Group, Rows, Panels>(t, data, t.x + g * Group, acc);
 
 #pragma GCC unroll 4
     for (int p = 0; p < Panels; ++p) {
@@ -104,8 +104,7 @@ __attribute__((noinline)) void run_tile(const Tile& t) {
       if constexpr (Affine) {
         const __m512 minimum = load_scales(t, t.mins, p, g);
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r)
-          y[r][p] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(t.a_sum[r * kMaxChunkGroups + g]), y[r][p]);
+        for (int r = 0; r < Rows; ++r) y[r][p] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(t.a_sum[r * kMaxChunkGroups + g]), y[r][p]);
       }
     }
   }
@@ -125,9 +124,12 @@ struct Vnni {
   template <int Rows>
   static void run_rows(const Tile& t, int panels) {
     switch (panels) {
-      case 1: return run_tile<Kind, Group, Affine, Rows, 1>(t);
-      case 2: return run_tile<Kind, Group, Affine, Rows, 2>(t);
-      case 3: return run_tile<Kind, Group, Affine, Rows, 3>(t);
+      case 1:
+        return run_tile<Kind, Group, Affine, Rows, 1>(t);
+      case 2:
+        return run_tile<Kind, Group, Affine, Rows, 2>(t);
+      case 3:
+        return run_tile<Kind, Group, Affine, Rows, 3>(t);
       default:
         if constexpr (Rows < 3) return run_tile<Kind, Group, Affine, Rows, 4>(t);
     }
@@ -135,23 +137,31 @@ struct Vnni {
 
   static void run(const Tile& t, int rows, int panels) {
     switch (rows) {
-      case 1: return run_rows<1>(t, panels);
-      case 2: return run_rows<2>(t, panels);
-      case 3: return run_rows<3>(t, panels);
-      default: return run_rows<4>(t, panels);
+      case 1:
+        return run_rows<1>(t, panels);
+      case 2:
+        return run_rows<2>(t, panels);
+      case 3:
+        return run_rows<3>(t, panels);
+      default:
+        return run_rows<4>(t, panels);
     }
   }
 };
 
 template <Codes Kind, int Group>
 void matmul(const MatmulArgs& m) {
-  if (m.weight->affine) walk<Vnni<Kind, Group, true>>(m);
-  else walk<Vnni<Kind, Group, false>>(m);
+  if (m.weight->affine)
+    walk<Vnni<Kind, Group, true>>(m);
+  else
+    walk<Vnni<Kind, Group, false>>(m);
 }
 
 void matmul_u8(const MatmulArgs& m) {
-  if (m.weight->group == 16) matmul<Codes::u8, 16>(m);
-  else matmul<Codes::u8, 32>(m);
+  if (m.weight->group == 16)
+    matmul<Codes::u8, 16>(m);
+  else
+    matmul<Codes::u8, 32>(m);
 }
 
 }  // namespace

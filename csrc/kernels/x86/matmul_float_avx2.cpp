@@ -49,12 +49,24 @@ struct Fma {
   static void run(FloatTile t, int rows, int panels) {
     for (int p = 0; p < panels; ++p) {
       switch (rows) {
-        case 1: run_tile<Kind, 1>(t); break;
-        case 2: run_tile<Kind, 2>(t); break;
-        case 3: run_tile<Kind, 3>(t); break;
-        case 4: run_tile<Kind, 4>(t); break;
-        case 5: run_tile<Kind, 5>(t); break;
-        default: run_tile<Kind, 6>(t); break;
+        case 1:
+          run_tile<Kind, 1>(t);
+          break;
+        case 2:
+          run_tile<Kind, 2>(t);
+          break;
+        case 3:
+          run_tile<Kind, 3>(t);
+          break;
+        case 4:
+          run_tile<Kind, 4>(t);
+          break;
+        case 5:
+          run_tile<Kind, 5>(t);
+          break;
+        default:
+          run_tile<Kind, 6>(t);
+          break;
       }
       t.data += t.data_stride;
       t.y += kLanes;
@@ -64,9 +76,12 @@ struct Fma {
 
 void matmul_float(const MatmulArgs& m) {
   switch (m.weight->codes) {
-    case Codes::f16: return walk_float<Fma<Codes::f16>>(m);
-    case Codes::bf16: return walk_float<Fma<Codes::bf16>>(m);
-    default: return walk_float<Fma<Codes::f32>>(m);
+    case Codes::f16:
+      return walk_float<Fma<Codes::f16>>(m);
+    case Codes::bf16:
+      return walk_float<Fma<Codes::bf16>>(m);
+    default:
+      return walk_float<Fma<Codes::f32>>(m);
   }
 }
 

@@ -55,30 +55,43 @@ struct Fma {
   template <int Rows>
   static void run_rows(const FloatTile& t, int panels) {
     switch (panels) {
-      case 1: return run_tile<Kind, Rows, 1>(t);
-      case 2: return run_tile<Kind, Rows, 2>(t);
-      case 3: return run_tile<Kind, Rows, 3>(t);
-      default: return run_tile<Kind, Rows, 4>(t);
+      case 1:
+        return run_tile<Kind, Rows, 1>(t);
+      case 2:
+        return run_tile<Kind, Rows, 2>(t);
+      case 3:
+        return run_tile<Kind, Rows, 3>(t);
+      default:
+        return run_tile<Kind, Rows, 4>(t);
     }
   }
 
   static void run(const FloatTile& t, int rows, int panels) {
     switch (rows) {
-      case 1: return run_rows<1>(t, panels);
-      case 2: return run_rows<2>(t, panels);
-      case 3: return run_rows<3>(t, panels);
-      case 4: return run_rows<4>(t, panels);
-      case 5: return run_rows<5>(t, panels);
-      default: return run_rows<6>(t, panels);
+      case 1:
+        return run_rows<1>(t, panels);
+      case 2:
+        return run_rows<2>(t, panels);
+      case 3:
+        return run_rows<3>(t, panels);
+      case 4:
+        return run_rows<4>(t, panels);
+      case 5:
+        return run_rows<5>(t, panels);
+      default:
+        return run_rows<6>(t, panels);
     }
   }
 };
 
 void matmul_float(const MatmulArgs& m) {
   switch (m.weight->codes) {
-    case Codes::f16: return walk_float<Fma<Codes::f16>>(m);
-    case Codes::bf16: return walk_float<Fma<Codes::bf16>>(m);
-    default: return walk_float<Fma<Codes::f32>>(m);
+    case Codes::f16:
+      return walk_float<Fma<Codes::f16>>(m);
+    case Codes::bf16:
+      return walk_float<Fma<Codes::bf16>>(m);
+    default:
+      return walk_float<Fma<Codes::f32>>(m);
   }
 }
 

@@ -21,7 +21,7 @@ struct FloatTile {
   const float* x;
   size_t x_stride;
   int count;
-  float* y;             // [row][kFloatStride]
+  float* y;  // [row][kFloatStride]
 };
 
 inline void store_float_outputs(const MatmulArgs& m, const float (*y)[kFloatStride], int row_begin, int rows, int channel_begin,

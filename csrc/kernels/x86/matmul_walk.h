@@ -6,8 +6,8 @@
 namespace setpoint {
 namespace {
 
-constexpr int kLanes = 16;         // channels of a panel
-constexpr int kRowBlock = 64;      // rows whose running outputs stay in L1 while a weight block is used
+constexpr int kLanes = 16;     // channels of a panel
+constexpr int kRowBlock = 32;  // rows whose running outputs stay in L1 while a weight block is used
 constexpr int kMaxTilePanels = 4;
 constexpr int kTileStride = kMaxTilePanels * kLanes;
 constexpr int kMaxChunkGroups = 64;
@@ -16,21 +16,21 @@ inline int smaller(int a, int b) { return a < b ? a : b; }
 
 // One register tile's work: `groups` groups of K for some rows and panels, added to the running outputs y.
 struct Tile {
-  const uint8_t* data;     // first group of the first panel
-  size_t data_stride;      // bytes from panel to panel
+  const uint8_t* data;  // first group of the first panel
+  size_t data_stride;   // bytes from panel to panel
   const uint8_t* scales;
   const uint8_t* mins;
-  size_t scale_stride;     // bytes from panel to panel, scales and mins alike
-  bool half_scales;        // f16 instead of f32
+  size_t scale_stride;  // bytes from panel to panel, scales and mins alike
+  bool half_scales;     // f16 instead of f32
   int groups;
-  const int8_t* x;         // codes of the first row, first group
+  const int8_t* x;  // codes of the first row, first group
   size_t x_stride;
-  const float* a;          // activation scales
+  const float* a;  // activation scales
   size_t a_stride;
-  const int32_t* offset;   // [row][kMaxChunkGroups] -zero_point * sum        (symmetric)
-  const float* a_sum;      // [row][kMaxChunkGroups] a * float(sum)           (affine)
-  float* y;                // [row][kTileStride]
-  const uint8_t* ahead;    // what to prefetch, `ahead_lines` per group
+  const int32_t* offset;  // [row][kMaxChunkGroups] -zero_point * sum        (symmetric)
+  const float* a_sum;     // [row][kMaxChunkGroups] a * float(sum)           (affine)
+  float* y;               // [row][kTileStride]
+  const uint8_t* ahead;   // what to prefetch, `ahead_lines` per group
   int ahead_lines;
 };
 
@@ -50,11 +50,15 @@ void fill_sum_terms(SumTerms& terms, const MatmulArgs& m, int row_begin, int row
     float* a_sum = terms.a_sum[r];
     const int32_t minus_zero = -w.zero_point;
     if (w.group == 32) {
-      if (w.affine) for (int g = 0; g < groups; ++g) a_sum[g] = a[g] * float(sums[2 * g] + sums[2 * g + 1]);
-      else for (int g = 0; g < groups; ++g) offset[g] = minus_zero * (sums[2 * g] + sums[2 * g + 1]);
+      if (w.affine)
+        for (int g = 0; g < groups; ++g) a_sum[g] = a[g] * float(sums[2 * g] + sums[2 * g + 1]);
+      else
+        for (int g = 0; g < groups; ++g) offset[g] = minus_zero * (sums[2 * g] + sums[2 * g + 1]);
     } else {
-      if (w.affine) for (int g = 0; g < groups; ++g) a_sum[g] = a[g / 2] * float(sums[g]);
-      else for (int g = 0; g < groups; ++g) offset[g] = minus_zero * sums[g];
+      if (w.affine)
+        for (int g = 0; g < groups; ++g) a_sum[g] = a[g / 2] * float(sums[g]);
+      else
+        for (int g = 0; g < groups; ++g) offset[g] = minus_zero * sums[g];
     }
   }
 }
