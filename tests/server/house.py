@@ -127,7 +127,7 @@ class House:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.force_exit = self.server.should_exit = True
+        self.server.should_exit = True
         self._thread.join(10)
         self.engine.shutdown()
 
@@ -135,7 +135,7 @@ class House:
         return httpx.Client(base_url=self.url, timeout=30, **options)
 
     def openai(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url + "/v1", api_key="unused-key", **{"max_retries": 0, **options})
+        return openai.OpenAI(base_url=self.url + "/v1", **{"api_key": "unused-key", "max_retries": 0, **options})
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
         with self.client() as client:

@@ -51,6 +51,8 @@ class Limits:
                 raise ApiError(
                     "unsupported_media_type", "Compressed bodies are not accepted.", param="Content-Encoding"
                 )
+            elif name == b"upgrade" and scope["method"] == "POST":  # the parser gives no body after it
+                raise ApiError("malformed", "Other protocols are not offered; send plain HTTP/1.1.", param="Upgrade")
             elif name == b"content-type":
                 content_types.append(value)
         if scope["method"] == "POST" and not (len(content_types) == 1 and _JSON.fullmatch(content_types[0])):

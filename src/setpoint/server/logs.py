@@ -68,7 +68,9 @@ class _Forward(logging.Handler):
         error = record.exc_info[1] if record.exc_info else None
         detail = {} if error is None else {"error": type(error).__name__, "where": where(error)}
         level = "error" if record.levelno >= logging.ERROR else "warning"
-        self._log.write(self._event, level, message=clean(record.getMessage()), **detail)
+        lines = record.getMessage().strip().splitlines() or [""]
+        text = lines[-1] if lines[0].startswith("Traceback") else lines[0]  # some libraries log a traceback as text
+        self._log.write(self._event, level, message=clean(text), **detail)
 
 
 def forward_logging(log: EventLog) -> None:

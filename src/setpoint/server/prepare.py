@@ -163,7 +163,10 @@ def _sampling(
         given["logit_bias"] = {int(token_id): value for token_id, value in body.logit_bias.items()}
     given["bad_words_token_ids"] = [ids for word in body.bad_words or () for ids in _spellings(context, word)]
     params = SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
-    params.check_vocabulary(context.engine.limits.vocab_size)
+    vocab_size = context.engine.limits.vocab_size
+    if len(body.allowed_token_ids or ()) > vocab_size:
+        raise RequestError(f"'allowed_token_ids' holds more than {vocab_size} entries.", param="allowed_token_ids")
+    params.check_vocabulary(vocab_size)
     return params
 
 
