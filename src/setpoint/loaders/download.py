@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -15,8 +19,8 @@ from setpoint.errors import ModelDownloadError
 
 Progress = Callable[[str, int, int], None]  # (label, bytes done, bytes in total)
 
-CHUNK = 1 << 20
 SPARE_BYTES = 64 << 20  # left free on the disk after a download
+TIMEOUT_S = 30.0  # without a byte
 
 
 def silent(label: str, done: int, total: int) -> None:
@@ -38,50 +42,104 @@ def require_space(directory: Path, num_bytes: int) -> None:
         )
 
 
+@cache
+def tls() -> ssl.SSLContext:
+    """Made once: it reads every root certificate."""
+    return httpx.create_ssl_context()
+
+
+def get(url: str, headers: Mapping[str, str]) -> AbstractContextManager[httpx.Response]:
+    """A GET request whose body is read in the `with` block."""
+    return httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S, verify=tls())
+
+
+@contextmanager
+def storing(name: str) -> Iterator[None]:
+    """Turn what the disk answers into ModelDownloadError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ModelDownloadError(
+                f"the disk is full while storing {name}; free some space and run the command again: it resumes"
+            ) from error
+        raise ModelDownloadError(
+            f"cannot store {name}: {error.strerror or type(error).__name__}; set SETPOINT_CACHE_DIR to another place"
+        ) from error
+
+
+@contextmanager
+def only_one_writer(target: Path, wait: Callable[[], None]) -> Iterator[None]:
+    """Let one process at a time write `target`; `wait` is called when another one is at it."""
+    with target.with_name(target.name + ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def download(url: str, target: Path, *, sha256: str, size: int, progress: Progress = silent) -> None:
     """Fetch `url` into `target`. An interrupted download goes on from its `.part` file.
 
     Raises ModelDownloadError: no network, an HTTP error, no space, or a wrong digest (the partial file is removed).
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    if have > size:
-        part.unlink()
-        have = 0
-    require_space(target.parent, size - have)
-    if have < size:
-        _fetch(url, part, have, size, target.name, progress)
-    if part.stat().st_size != size or sha256_of(part) != sha256:
-        part.unlink()
-        raise ModelDownloadError(f"{target.name} does not have the expected SHA-256; it was removed, try again")
-    part.replace(target)
+    with storing(target.name):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if _size_of(part) > size:
+            part.unlink()
+        require_space(target.parent, size - _size_of(part))
+        _fetch_all(url, part, size, target.name, progress)
+        if sha256_of(part) != sha256:
+            part.unlink()
+            raise ModelDownloadError(f"{target.name} does not have the expected SHA-256; it was removed, try again")
+        part.replace(target)
+
+
+def _size_of(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _fetch_all(url: str, part: Path, size: int, label: str, progress: Progress) -> None:
+    """Fetch until the part is whole; a cut connection is taken up again as long as each attempt brought some bytes."""
+    have = _size_of(part)
+    while have < size:
+        try:
+            _fetch(url, part, have, size, label, progress)
+            failure: Exception | None = None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            failure = error
+        before, have = have, _size_of(part)
+        if have <= before:
+            what = "the server sent too little" if failure is None else type(failure).__name__
+            raise ModelDownloadError(
+                f"downloading {label} failed ({what}); check the network and run it again: it resumes"
+            ) from failure
 
 
 def _fetch(url: str, part: Path, have: int, size: int, label: str, progress: Progress) -> None:
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    try:
-        with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=httpx.Timeout(30.0)) as response:
-            if response.status_code not in (200, 206):
-                raise ModelDownloadError(f"downloading {label} failed with HTTP status {response.status_code}")
-            resumed = have if response.status_code == 206 else 0  # 200: the server sends the file from its start
-            with part.open("ab" if resumed else "wb") as file:
-                done = resumed
-                for chunk in response.iter_bytes(CHUNK):
-                    done += len(chunk)
-                    if done > size:
-                        raise ModelDownloadError(f"{label} is larger than the {size} bytes that were announced")
-                    file.write(chunk)
-                    progress(label, done, size)
-                file.flush()
-                os.fsync(file.fileno())
-    except httpx.HTTPError as error:
-        raise ModelDownloadError(
-            f"downloading {label} failed ({type(error).__name__}); check the network and run it again: it resumes"
-        ) from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ModelDownloadError(
-                f"the disk is full while downloading {label}; free some space and run the command again: it resumes"
-            ) from error
-        raise ModelDownloadError(f"cannot write {label}: {error.strerror}") from error
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with get(url, headers) as response:
+        if response.status_code == 416:  # the server's file ends before our part does
+            part.unlink(missing_ok=True)
+            raise ModelDownloadError(f"{label} changed on the server; the partial file was removed, try again")
+        if response.status_code not in (200, 206):
+            raise ModelDownloadError(f"downloading {label} failed with HTTP status {response.status_code}")
+        # 200, or a range that starts elsewhere: the server sends the file from its start
+        resumes = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if response.status_code == 206 and not resumes:
+            part.unlink(missing_ok=True)
+            raise ModelDownloadError(f"the server sent another part of {label} than was asked for; try again")
+        done = have if resumes else 0
+        with part.open("ab" if resumes else "wb") as file:
+            for chunk in response.iter_raw():
+                done += len(chunk)
+                if done > size:
+                    part.unlink()
+                    raise ModelDownloadError(f"{label} is larger than the {size} bytes that were announced; not kept")
+                file.write(chunk)
+                progress(label, done, size)
+            file.flush()
+            os.fsync(file.fileno())
