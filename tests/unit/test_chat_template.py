@@ -149,6 +149,16 @@ def test_a_final_message_is_continued_exactly_where_it_ends(
     assert messages[1]["content"] == content  # the caller's list is not touched
 
 
+@pytest.mark.parametrize(("words", "expected"), [("Once  \n", "Once"), ("Once", "Once"), ("\n", ""), ("", "")])
+def test_a_template_that_strips_also_strips_what_is_continued(
+    words: str, expected: str, sandbox: TemplateSandbox
+) -> None:
+    source = "{% for m in messages %}{{ m.role + '\\n' + m.content | trim + '<end>' }}{% endfor %}"
+    messages = [{"role": "assistant", "content": words}]
+    text = render(source, sandbox, messages, add_generation_prompt=False, continue_final_message=True)
+    assert text == f"assistant\n{expected}"
+
+
 def test_what_cannot_be_continued_is_refused(sandbox: TemplateSandbox) -> None:
     options = {"add_generation_prompt": False, "continue_final_message": True}
     with pytest.raises(RequestError, match="no final message"):

@@ -71,14 +71,15 @@ class ChatTemplate:
     ) -> str:
         """The prompt. Blocks for up to a second: call it from a worker thread.
 
-        `continue_final_message` ends the prompt inside the last message, exactly at the end of its text.
+        `continue_final_message` ends the prompt inside the last message, at the end of its text: without its last
+        spaces where the template strips them.
         Raises RequestError when the template refuses the messages, cannot use what is given, or reaches a limit.
         """
         if self._source is None:
             raise RequestError("this model has no chat template; use /v1/completions", param="messages")
         self._check(tools, documents, kwargs)
         shaped = [_shape(message, self._content_form) for message in messages]
-        mark = ""
+        mark, last_spaces = "", ""
         if continue_final_message:
             if add_generation_prompt:
                 raise RequestError(
@@ -87,7 +88,7 @@ class ChatTemplate:
                     reason="conflict",
                 )
             mark = secrets.token_hex(16)
-            _mark_end(shaped, mark)
+            last_spaces = _mark_end(shaped, mark + " ")
         variables = {
             **self._special_tokens,
             **(kwargs or {}),
@@ -99,10 +100,10 @@ class ChatTemplate:
         text = self._render(self._source, variables)
         if not mark:
             return text
-        before, found, _ = text.rpartition(mark)
+        before, found, after = text.rpartition(mark)
         if not found:
             raise RequestError("the chat template drops the final message", param="continue_final_message")
-        return before
+        return before if after.startswith(" ") else before.removesuffix(last_spaces)
 
     def _compile(self, source: str) -> None:
         if len(source) > MAX_TEMPLATE_CHARS:
@@ -203,12 +204,15 @@ def _with_arguments(call: Any) -> Any:
     return {**call, "function": {**call["function"], "arguments": parsed}}
 
 
-def _mark_end(messages: list[dict[str, Any]], mark: str) -> None:
-    """Put `mark` behind the text of the last message."""
+def _mark_end(messages: list[dict[str, Any]], mark: str) -> str:
+    """Put `mark` behind the text of the last message; returns the spaces that this text ends with."""
     content = messages[-1]["content"] if messages else None
     if isinstance(content, str):
-        messages[-1]["content"] = content + mark
+        text = content
+        messages[-1]["content"] = text + mark
     elif content:
-        content[-1]["text"] += mark
+        text = content[-1]["text"]
+        content[-1]["text"] = text + mark
     else:
         raise RequestError("there is no final message to continue", param="continue_final_message")
+    return text[len(text.rstrip()) :] if text.strip() else ""

@@ -179,4 +179,6 @@ def recover_merges(pieces: dict[str, float]) -> list[tuple[str, str]]:
         for at in range(len(piece) - 1, 0, -1):
             if piece[:at] in pieces and piece[at:] in pieces:
                 merges.append((piece[:at], piece[at:]))
+        if len(merges) > MAX_MERGES:
+            raise ModelFileError(f"tokenizer: its tokens can be merged in more than {MAX_MERGES} ways")
     return merges

@@ -12,8 +12,8 @@ from setpoint.text.token_bytes import TokenToBytes
 
 MAX_TOKENS = 1_000_000
 MAX_TOKEN_CHARS = 65_536
-MAX_VOCABULARY_CHARS = 16 << 20  # Gemma 3: 1.5 M
-MAX_MERGES = 4_000_000
+MAX_VOCABULARY_CHARS = 10_000_000  # Gemma 3: 1.5 M
+MAX_MERGES = 2_000_000  # Gemma 3: 0.5 M
 MAX_ADDED_TOKENS = 65_536  # Gemma 3: 6,414
 
 
