@@ -15,6 +15,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -28,6 +29,7 @@ using RawArray = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::devic
 using FloatMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using FloatVector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using IdVector = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Range = std::pair<int, int>;
 using Sources = std::vector<std::pair<std::string, RawArray>>;
 
 std::vector<RawRows> raw_rows(const Sources& sources) {
@@ -77,6 +79,12 @@ nb::tuple quantize_rows(const std::string& isa, FloatMatrix x) {
                         owned_array(std::move(q.sums), {rows, k / 16}));
 }
 
+Range checked_range(const std::optional<Range>& range, int end) {
+  if (!range) return {0, end};
+  if (range->first < 0 || range->first > range->second || range->second > end) throw std::invalid_argument("range is out of bounds");
+  return *range;
+}
+
 void run_matmul(const KernelTable& kernels, const MatmulArgs& args) {
   switch (args.weight->codes) {
     case Codes::u4:
@@ -92,7 +100,7 @@ void run_matmul(const KernelTable& kernels, const MatmulArgs& args) {
 }
 
 nb::ndarray<nb::numpy, float> matmul(const std::string& isa, const Weight& weight, FloatMatrix x, std::optional<FloatVector> bias,
-                                     std::optional<FloatMatrix> out) {
+                                     std::optional<FloatMatrix> out, std::optional<Range> row_range, std::optional<Range> panel_range) {
   const KernelTable& kernels = kernel_table(isa.c_str());
   const PackedWeight& w = weight.matrix.weight();
   const size_t rows = x.shape(0), n = size_t(w.n);
@@ -112,8 +120,8 @@ nb::ndarray<nb::numpy, float> matmul(const std::string& isa, const Weight& weigh
     q = quantize(kernels, x);
     args.q = {q.codes.data(), q.scales.data(), q.sums.data()};
   }
-  args.row_end = int(rows);
-  args.panel_end = w.panels();
+  std::tie(args.row_begin, args.row_end) = checked_range(row_range, int(rows));
+  std::tie(args.panel_begin, args.panel_end) = checked_range(panel_range, w.panels());
   args.out = result.data();
   args.out_stride = n;
   args.bias = bias ? bias->data() : nullptr;
@@ -172,7 +180,9 @@ void bind_matmul(nb::module_& m) {
   m.def("dequantize_rows", &lookup_rows, "format"_a, "raw"_a, "cols"_a, "ids"_a,
         "Rows `ids` (int32) of raw uint8 [rows, bytes_per_row] as float32 [ids, cols].");
   m.def("kernels_matmul", &matmul, "isa"_a, "weight"_a, "x"_a, "bias"_a.none() = nb::none(), "out"_a.none() = nb::none(),
-        "x float32 [rows, k] times the weight: [rows, n], plus bias [n], plus out [rows, n]. Quantizes x where the weight is.");
+        "rows"_a = nb::none(), "panels"_a = nb::none(),
+        "x float32 [rows, k] times the weight: [rows, n], plus bias [n], plus out [rows, n]. Quantizes x where the weight is. "
+        "`rows` and `panels` (of 16 channels) are (begin, end) ranges to compute; the rest stays as in out, or 0.");
   m.def("kernels_quantize_rows", &quantize_rows, "isa"_a, "x"_a,
         "(codes int8 [rows, k], scales float32 [rows, k/32], sums int32 [rows, k/16]) of float32 [rows, k].");
   m.def("available_isas", &isas, "What this CPU can run, worst first.");

@@ -67,6 +67,23 @@ def test_a_row_does_not_depend_on_its_batch(isa: str, name: str, k: int) -> None
         assert same_bits(_native.kernels_matmul(isa, weight, x[:m]), alone[:m]), m
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["F32", "BF16", "Q4_0", "Q4_K", "Q8_0", "Q6_K"])
+def test_any_split_of_the_work_gives_the_same_bits(isa: str, name: str) -> None:
+    weight = packed(name, 151, 256)  # 10 panels, the last one partial
+    x, bias, residual = normal(41, 256, 21), normal(1, 151, 22)[0], normal(41, 151, 23)
+    whole = _native.kernels_matmul(isa, weight, x, bias, residual)
+    pieces = residual.copy()
+    for rows in [(0, 5), (5, 6), (6, 41)]:
+        for panels in [(0, 1), (1, 8), (8, 8), (8, 10)]:
+            before = pieces.copy()
+            pieces = _native.kernels_matmul(isa, weight, x, bias, pieces, rows=rows, panels=panels)
+            touched = np.zeros(pieces.shape, bool)
+            touched[rows[0] : rows[1], panels[0] * 16 : panels[1] * 16] = True
+            assert same_bits(pieces[~touched], before[~touched])
+    assert same_bits(pieces, whole)
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantized_reference_is_close_to_float64(name: str) -> None:
     k = 512
@@ -163,6 +180,9 @@ def test_bad_shapes_raise() -> None:
         _native.kernels_matmul("ref", weight, x, np.zeros(17, np.float32))
     with pytest.raises(ValueError, match="out"):
         _native.kernels_matmul("ref", weight, x, None, np.zeros((2, 17), np.float32))
+    for ranges in ({"rows": (0, 3)}, {"rows": (-1, 2)}, {"panels": (2, 1)}, {"panels": (0, 3)}):
+        with pytest.raises(ValueError, match="out of bounds"):
+            _native.kernels_matmul("ref", weight, x, **ranges)
     with pytest.raises(ValueError, match="multiple of 32"):
         _native.kernels_quantize_rows("ref", normal(2, 40, 0))
     with pytest.raises(RuntimeError, match="unknown isa"):
