@@ -262,16 +262,27 @@ def test_extreme_scores_keep_the_bits_of_ref(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ["ref", *FAST])
-def test_signed_zeros_do_not_depend_on_the_tile(isa: str) -> None:
-    """Values that underflow to -0 must not tell a row alone from a row whose tile adds 0 * v terms."""
+@pytest.mark.parametrize("spread", [1e-45, 30.0])
+def test_signed_zeros_do_not_depend_on_the_tile(isa: str, spread: float) -> None:
+    """Scores and values that underflow to -0 must not tell a row alone from a row whose tile adds 0 * v terms."""
     rng = np.random.default_rng(8)
-    s = make_sequence(48, kv_format="f32", head_dim=16, group=1, spread=30.0)
-    tiny = (rng.choice([-1.0, 1.0], size=(48, 16)) * 1e-45).astype(np.float32)
-    native.kernels_kv_store("ref", "f32", s.k_cache, s.v_cache, 1, s.block_table, 0, s.k.reshape(48, 16), tiny)
-    alone = np.concatenate([s.attention(isa, t, 1) for t in range(48)])
-    chunked = np.concatenate([s.attention(isa, t, 16) for t in range(0, 48, 16)])
-    assert_same_bits(chunked, alone)
-    assert_same_bits(chunked, np.concatenate([s.attention("ref", t, 16) for t in range(0, 48, 16)]))
+    s = make_sequence(48, kv_format="f32", head_dim=16, group=1, spread=spread)
+    v = rng.choice(np.float32([-1e-45, -0.0, 0.0, 1e-45]), size=(48, 16))
+    native.kernels_kv_store("ref", "f32", s.k_cache, s.v_cache, 1, s.block_table, 0, s.k.reshape(48, 16), v)
+    for partial in (False, True):
+        alone = np.concatenate([s.attention(isa, t, 1, partial=partial) for t in range(48)], axis=1 if partial else 0)
+        chunked = [s.attention(isa, t, 16, partial=partial) for t in range(0, 48, 16)]
+        ref = [s.attention("ref", t, 16, partial=partial) for t in range(0, 48, 16)]
+        assert_same_bits(np.concatenate(chunked, axis=1 if partial else 0), alone)
+        assert_same_bits(np.array(chunked), np.array(ref))
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST])
+def test_the_maximum_of_zero_scores_is_plus_zero(isa: str) -> None:
+    """Which of -0 and +0 a maximum returns depends on the order of its operands, so the definition fixes it."""
+    s = make_sequence(20, kv_format="f32", head_dim=8, spread=0.0)
+    partial = s.attention(isa, 17, 3, scale=-1.0, partial=True)
+    np.testing.assert_array_equal(partial[..., 0].view(np.uint32), 0)
 
 
 @pytest.mark.parametrize("isa", ["ref", *FAST])
