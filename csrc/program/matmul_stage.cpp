@@ -6,9 +6,13 @@ namespace setpoint {
 
 namespace {
 
-constexpr int kStaticRows = 8;   // up to here the weights are the traffic
-constexpr int kTileRows = 256;   // activations of a chunk stay in L2
-constexpr int kMaxChunkPanels = 16;
+constexpr int kStaticRows = 32;   // up to here a matmul is short, and reading the weights is much of it
+constexpr int kTileRows = 256;    // activations of a chunk stay in L2
+constexpr int kRowUnit = 32;      // the kernels' block of rows
+constexpr int kChunkPanels = 12;  // whole register tiles of three panels as well as of four
+constexpr int kChunksPerThread = 8;
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 }  // namespace
 
@@ -25,11 +29,14 @@ void MatmulSchedule::reset(int rows, int panels, int threads) {
   panels_ = panels;
   threads_ = threads;
   next_.store(0, std::memory_order_relaxed);
-  row_tiles_ = (rows + kTileRows - 1) / kTileRows;
+  row_tiles_ = 1;
+  tile_rows_ = rows;
   chunk_panels_ = 0;
   if (rows <= kStaticRows) return;
-  // About eight chunks a thread, in units of four panels: the widest tile of the kernels.
-  chunk_panels_ = std::clamp(panels * row_tiles_ / (8 * threads) / 4 * 4, 4, kMaxChunkPanels);
+  chunk_panels_ = kChunkPanels;
+  const int wanted = std::max(ceil_div(kChunksPerThread * threads, ceil_div(panels, kChunkPanels)), ceil_div(rows, kTileRows));
+  tile_rows_ = ceil_div(ceil_div(rows, wanted), kRowUnit) * kRowUnit;
+  row_tiles_ = ceil_div(rows, tile_rows_);
 }
 
 bool MatmulStage::accepts(int in, bool quantized, const Item& item) const {

@@ -28,14 +28,15 @@ class MatmulSchedule {
       const int column = chunk / row_tiles_, tile = chunk % row_tiles_, first = column * chunk_panels_;
       if (first >= panels_) return;
       const int last = first + chunk_panels_ < panels_ ? first + chunk_panels_ : panels_;
-      const long rows = rows_;
-      visit(static_cast<int>(rows * tile / row_tiles_), static_cast<int>(rows * (tile + 1) / row_tiles_), first, last);
+      const int row_begin = tile * tile_rows_, row_end = row_begin + tile_rows_ < rows_ ? row_begin + tile_rows_ : rows_;
+      visit(row_begin, row_end, first, last);
     }
   }
 
  private:
   int rows_ = 0, panels_ = 0, threads_ = 1;
-  int row_tiles_ = 1, chunk_panels_ = 0;  // chunk_panels 0 = static shares
+  int row_tiles_ = 1, tile_rows_ = 0;
+  int chunk_panels_ = 0;  // 0 = static shares
   alignas(64) std::atomic<int> next_{0};
 };
 
