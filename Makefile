@@ -36,11 +36,13 @@ test: $(VENV)/.installed
 $(PARITY)/.installed: pyproject.toml
 	@test -x $(PARITY)/bin/python || python3 -m venv $(PARITY)
 	$(PARITY)/bin/python -m pip install --quiet --upgrade pip
-	$(PARITY)/bin/python -m pip install --quiet torch==2.13.0 "transformers>=4.57" "gguf>=0.17" "safetensors>=0.5" "numpy>=2.0"
+	$(PARITY)/bin/python -m pip install --quiet torch==2.13.0 "transformers>=4.57" "gguf>=0.17" "safetensors>=0.5" "numpy>=2.0" \
+		sentencepiece regex
 	@touch $@
 
 parity: $(VENV)/.installed $(PARITY)/.installed
 	$(PARITY)/bin/python tests/parity/make_goldens.py --check
+	$(PARITY)/bin/python tests/parity/make_tokenizer_goldens.py --check
 	$(PYTHON) -m pytest tests/parity
 
 lint: $(VENV)/.installed
