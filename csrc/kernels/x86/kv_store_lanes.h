@@ -13,7 +13,7 @@ void store_row(const float* k, const float* v, int head_dim, int slot, uint8_t* 
     const int n = head_dim - d < kLanes ? head_dim - d : kLanes;
     store_kv_first<F>(v_page, static_cast<size_t>(slot) * head_dim + d, n, load_first(v + d, n));
     alignas(64) Element column[kLanes];
-    store_kv_first<F>(reinterpret_cast<uint8_t*>(column), 0, n, load_first(k + d, n));
+    store_kv<F>(reinterpret_cast<uint8_t*>(column), 0, load_first(k + d, n));  // unmasked: masked stores do not forward
     Element* page = reinterpret_cast<Element*>(k_page) + d * kPageTokens + slot;
     for (int i = 0; i < n; ++i) page[i * kPageTokens] = column[i];
   }

@@ -80,11 +80,16 @@ SETPOINT_INLINE __m128i narrow_bf16(Lanes x) {
 }
 
 template <KvFormat F>
-SETPOINT_INLINE void store_kv_first(uint8_t* base, size_t element, int, Lanes x) {
+SETPOINT_INLINE void store_kv(uint8_t* base, size_t element, Lanes x) {
   if constexpr (F == KvFormat::f32)
     _mm256_storeu_ps(reinterpret_cast<float*>(base) + element, x);
   else
     _mm_storeu_si128(reinterpret_cast<__m128i*>(base + element * 2), F == KvFormat::f16 ? narrow_f16(x) : narrow_bf16(x));
+}
+
+template <KvFormat F>
+SETPOINT_INLINE void store_kv_first(uint8_t* base, size_t element, int, Lanes x) {
+  store_kv<F>(base, element, x);
 }
 
 }  // namespace

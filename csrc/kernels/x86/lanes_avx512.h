@@ -82,6 +82,13 @@ SETPOINT_INLINE __m256i narrow_bf16(Lanes x) {
 }
 
 template <KvFormat F>
+SETPOINT_INLINE void store_kv(uint8_t* base, size_t element, Lanes x) {
+  if constexpr (F == KvFormat::f32) return _mm512_storeu_ps(base + element * 4, x);
+  const __m256i narrow = F == KvFormat::f16 ? narrow_f16(x) : narrow_bf16(x);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(base + element * 2), narrow);
+}
+
+template <KvFormat F>
 SETPOINT_INLINE void store_kv_first(uint8_t* base, size_t element, int n, Lanes x) {
   if constexpr (F == KvFormat::f32)
     _mm512_mask_storeu_ps(base + element * 4, first_mask(n), x);
