@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from setpoint.cli.arguments import Json, Model
 from setpoint.cli.console import DownloadBar, command_app, print_json, status
 from setpoint.cli.knobs import with_knobs
 from setpoint.config import EngineConfig
@@ -25,13 +26,13 @@ def bench() -> None:
 @app.command()
 @with_knobs(EngineConfig)
 def engine(
-    model: Annotated[str, typer.Argument(help="GGUF file, directory, hub repository or alias.")],
+    model: Model,
     configure: Callable[..., EngineConfig],
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1, max=1 << 20)] = 512,
     output_tokens: Annotated[int, typer.Option(help="Tokens generated for each.", min=2, max=1 << 20)] = 64,
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,32",
     repeat: Annotated[int, typer.Option(help="Runs of each batch size; medians are reported.", min=1, max=1000)] = 5,
-    json: Annotated[bool, typer.Option("--json", help="Print only the JSON document.")] = False,
+    json: Json = False,
 ) -> None:
     """Random-token prompts, no prefix cache, greedy, ignoring the end of sequence.
 
@@ -49,6 +50,8 @@ def engine(
         enable_prefix_caching=False,
         max_model_len=config.max_model_len or max(longest, 16),
         max_num_seqs=max(config.max_num_seqs, *batches),
+        max_num_queued_reqs=max(config.max_num_queued_reqs, *batches),
+        max_num_queued_tokens=max(config.max_num_queued_tokens, prompt_tokens * max(batches)),
     )
     events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
     with DownloadBar() as bar:

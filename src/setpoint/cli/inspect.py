@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from setpoint.cli.console import DownloadBar, command_app, print_json
+from setpoint.cli.arguments import Json, Model
+from setpoint.cli.console import DownloadBar, command_app, print_json, printable
 
 app = command_app("Show a model, this machine, or every knob.")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-
 
 @app.command()
-def model(
-    name: Annotated[str, typer.Argument(help="GGUF file, directory, hub repository or alias.")], json: Json = False
-) -> None:
+def model(model: Model, json: Json = False) -> None:
     """The layer tree of a model, its weights by format, and what a token costs in the KV cache."""
     from setpoint.assemble import load_model, model_facts
 
     with DownloadBar() as bar:
-        loaded = load_model(name, progress=bar)
+        loaded = load_model(model, progress=bar)
     checkpoint, tree = loaded.checkpoint, loaded.model
     formats: Counter[str] = Counter()
     num_bytes: Counter[str] = Counter()
@@ -51,13 +46,17 @@ def model(
         print_json({**facts, "tree": asdict(tree)})
         return
     weights = ", ".join(f"{kind} {num_bytes[kind] / 1e6:.1f} MB in {formats[kind]} tensors" for kind in formats)
-    print(f"{facts['name']}: {facts['family']}, {parameters / 1e6:.1f} M parameters, context {tree.max_position}")
+    print(
+        printable(
+            f"{facts['name']}: {facts['family']}, {parameters / 1e6:.1f} M parameters, context {tree.max_position}"
+        )
+    )
     print(f"weights: {weights}")
     print(f"KV cache: {facts['kv_bytes_per_token_f16'] / 1024:.1f} KiB a token in f16")
     print(f"chat template: {'yes' if facts['chat_template'] else 'no'}")
     print(f"file: {loaded.path}\n")
     for line in tree_lines(tree):
-        print(line)
+        print(printable(line))
 
 
 def tree_lines(tree: Any) -> list[str]:

@@ -13,10 +13,10 @@ from setpoint.config import knob_of
 
 
 def with_knobs(*config_classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace the decorated command's parameter of each config class by one option per knob of that class.
+    """Replace a command's `Callable[..., Config]` parameters by one option per knob of that config class.
 
-    The command names the parameter after nothing in particular, only its annotation counts. Fields without a knob
-    (the model) stay parameters of the command, which passes them when it calls the maker it receives.
+    The command receives, under the parameter's name, a function that makes the config from the options; it passes
+    the fields that are no knobs (the model) itself.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -56,14 +56,16 @@ def option(declared: Field[Any], config_class: type) -> inspect.Parameter:
     notes = [text for text in (_range(knob.low, knob.high, knob.unit), ", ".join(knob.choices)) if text]
     text = knob.help + (f" [{'; '.join(notes)}]" if notes else "")
     annotation = _option_type(get_type_hints(config_class)[declared.name])
-    default = declared.default if declared.default is not MISSING else ...
-    if annotation == list[str]:
-        default = list(declared.default)
+    repeatable = annotation == list[str]
+    default: Any = declared.default if declared.default is not MISSING else ...
+    shown = typer.Option(
+        help=text, metavar="STRING" if repeatable else None, show_default=default is not None and not repeatable
+    )
     return inspect.Parameter(
         declared.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[annotation, typer.Option(help=text, show_default=default not in (None, [], ()))],
+        default=list(default) if repeatable else default,
+        annotation=Annotated[annotation, shown],
     )
 
 
@@ -78,7 +80,7 @@ def _option_type(hint: Any) -> Any:
 def _range(low: float | None, high: float | None, unit: str) -> str:
     if low is None or high is None:
         return unit
-    return f"{low:.15g}..{high:.15g} {unit}".strip()
+    return f"{low}..{high} {unit}".strip()
 
 
 def _made_class(hint: Any) -> Any:

@@ -10,9 +10,10 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from setpoint import __version__
-from setpoint.errors import SetpointError
+from setpoint.errors import RequestError, SetpointError
 
 COMMANDS = {  # name -> (module, what it does)
     "serve": ("setpoint.cli.serve", "Serve a model over an OpenAI-compatible HTTP API."),
@@ -26,7 +27,10 @@ COMMANDS = {  # name -> (module, what it does)
 EXIT_CODES = """\
 Exit codes: 0 ok or drained, 1 a check failed, 2 configuration or usage, 3 model, 4 port in use, 70 engine,
 130 interrupted.
-Environment: SETPOINT_API_KEY, SETPOINT_CACHE_DIR, SETPOINT_LOG_LEVEL; the hub's own HF_HOME, HF_TOKEN, HF_HUB_OFFLINE."""
+Environment: SETPOINT_API_KEY, SETPOINT_CACHE_DIR, SETPOINT_LOG_LEVEL; the hub's own HF_HOME, HF_TOKEN,
+HF_HUB_OFFLINE."""
+
+NO_REMOTE_CODE = "Setpoint never runs code from a model directory"
 
 
 def help_text() -> str:
@@ -45,6 +49,8 @@ def help_text() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [*arguments[1:], "--help"]  # `setpoint help serve`
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0 if arguments else 2
@@ -54,30 +60,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = arguments[0]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "see `setpoint --help`"
-        print(f"setpoint: no command '{name[:64]}'; {hint}", file=sys.stderr)
-        return 2
+        return _fail(f"no command {name[:64]!r}", f"did you mean '{near[0]}'?" if near else "see `setpoint --help`", 2)
     return run(name, arguments[1:])
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run a command and turn what it raises into one line and an exit code."""
+    if any(argument.partition("=")[0] == "--trust-remote-code" for argument in arguments):
+        return _fail(NO_REMOTE_CODE, "leave out --trust-remote-code", 2)
+    import typer
+
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # whatever the locale can show
     app = import_module(COMMANDS[name][0]).app
+    usage_error: Any = typer.BadParameter.__mro__[1]  # UsageError, which typer does not export
     try:
-        code = app(args=list(arguments), prog_name=f"setpoint {name}", standalone_mode=True)
+        code = app(args=list(arguments), prog_name=f"setpoint {name}", standalone_mode=False)
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else (0 if stop.code is None else 1)
+        if isinstance(stop.__context__, BrokenPipeError):
+            return _reader_left()
+        code = stop.code
+    except usage_error as error:
+        return _fail(*_usage(error, name), 2)
+    except RequestError as error:  # from the command line it is a flag that is wrong
+        return _fail(str(error), "", 2)
     except SetpointError as error:
-        print(f"setpoint: {error}", file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
+        return _fail(str(error), "", error.exit_code)
+    except BrokenPipeError:
+        return _reader_left()
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except BrokenPipeError:  # the reader of our stdout left, as in `setpoint ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    return int(code or 0)
+    except Exception as error:
+        return _internal_error(error)
+    if code == 130:
+        print(file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(what: str, remedy: str, code: int) -> int:
+    line = f"setpoint: {what}; {remedy}" if remedy else f"setpoint: {what}"
+    print(" ".join(line.splitlines()), file=sys.stderr)
+    return code
+
+
+def _usage(error: Any, name: str) -> tuple[str, str]:
+    """What is wrong with the arguments, and the nearest flag or the page that tells."""
+    message = str(error.format_message()).partition(" (Possible options")[0].rstrip(".")
+    near = difflib.get_close_matches(
+        getattr(error, "option_name", ""), getattr(error, "possibilities", None) or (), n=1, cutoff=0.0
+    )
+    context = getattr(error, "ctx", None)
+    page = f"see `{context.command_path if context is not None else f'setpoint {name}'} --help`"
+    return message[:1].lower() + message[1:], f"did you mean {near[0]}?" if near else page
+
+
+def _reader_left() -> int:
+    """The reader of our stdout has seen enough, as in `setpoint ... | head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in the buffer
+    return 0
+
+
+def _internal_error(error: Exception) -> int:
+    from setpoint.config import log_level
+
+    if log_level() == "debug":
+        raise error
+    what = f"internal error: {type(error).__name__}: {str(error)[:300]}"
+    return _fail(what, "SETPOINT_LOG_LEVEL=debug shows where; please report it", SetpointError.exit_code)
 
 
 def entry_point() -> None:
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from setpoint.cli.console import DownloadBar, command_app, print_json
+from setpoint.cli.arguments import Json, Model
+from setpoint.cli.console import DownloadBar, command_app, print_json, printable
 
 app = command_app("List, pull, locate and remove models.")
-
-Name = Annotated[str, typer.Argument(help="GGUF file, directory, hub repository (org/name[:file.gguf]) or alias.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 @app.command("list")
@@ -36,38 +30,37 @@ def list_(json: Json = False) -> None:
         return
     width = max(len(str(row["name"])) for row in rows)
     for row in rows:
-        print(
-            f"{row['name']:<{width}}  {float(str(row['bytes'])) / 1e6:>9.1f} MB  {row['source']:<10}  {row['path'] or ''}"
-        )
+        size = f"{float(str(row['bytes'])) / 1e6:>9.1f} MB"
+        print(printable(f"{row['name']:<{width}}  {size}  {row['source']:<10}  {row['path'] or ''}".rstrip()))
 
 
 @app.command()
-def pull(name: Name) -> None:
+def pull(model: Model) -> None:
     """Download a model unless it is here; prints its path."""
     from setpoint.assemble import models_directory
     from setpoint.loaders.hub import resolve_model
 
     with DownloadBar() as bar:
-        print(resolve_model(name, models_directory(), progress=bar))
+        print(resolve_model(model, models_directory(), progress=bar))
 
 
 @app.command()
-def path(name: Name) -> None:
+def path(model: Model) -> None:
     """Print where a model is; fails when it is not on this machine."""
     from setpoint.assemble import models_directory
     from setpoint.errors import ModelNotFoundError
     from setpoint.loaders.hub import find_model
 
-    found = find_model(name, models_directory())
+    found = find_model(model, models_directory())
     if found is None:
-        raise ModelNotFoundError(f"'{name[:200]}' is not on this machine; try `setpoint models pull`")
+        raise ModelNotFoundError(f"{model[:200]!r} is not on this machine; try `setpoint models pull`")
     print(found)
 
 
 @app.command()
-def rm(name: Name) -> None:
+def rm(model: Model) -> None:
     """Remove a model's files from this machine."""
     from setpoint.assemble import models_directory
     from setpoint.loaders.hub import remove_model
 
-    print(f"freed {remove_model(name, models_directory()) / 1e6:.1f} MB")
+    print(f"freed {remove_model(model, models_directory()) / 1e6:.1f} MB")
