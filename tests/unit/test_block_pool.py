@@ -136,5 +136,5 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.published() == {block: key for key, block in self.keys.items()}
 
 
-PoolMachine.TestCase.settings = settings(max_examples=scaled(40), stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=scaled(25), stateful_step_count=40, deadline=None)
 test_random_use = PoolMachine.TestCase

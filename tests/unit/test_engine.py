@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -117,6 +118,34 @@ def test_many_clients_at_once_each_get_their_solo_output(served: Served) -> None
     served.wait_finished(*(item.request_id for item in items))
     for item in items:
         assert served.tokens(item.request_id) == solo(item, INFO)[item.request_id, 0]
+
+
+def test_clients_that_leave_at_any_time_cost_the_others_nothing(served: Served) -> None:
+    items = [request(f"r{number}", range(number % 7, 20), max_tokens=20, seed=number) for number in range(48)]
+    left: set[str] = set()
+
+    def client(mine: list[Any], seed: int) -> None:
+        rng = random.Random(seed)
+        for item in mine:
+            served.engine.submit(item)
+            if rng.random() < 0.6:
+                time.sleep(rng.choice([0.0, 0.0, 0.001, 0.005]))
+                left.add(item.request_id)
+                served.engine.abort(item.request_id)
+
+    threads = [threading.Thread(target=client, args=(items[start::4], start)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    served.wait_finished(*(item.request_id for item in items))
+    assert served.engine.drain(PATIENCE_S)
+    for item in items:
+        expected = solo(item, INFO)[item.request_id, 0]
+        got = served.tokens(item.request_id)
+        assert got == (expected[: len(got)] if item.request_id in left else expected)
+    served.scheduler.check_integrity()
+    assert (served.engine.stats().kv_blocks_leaked, served.scheduler.queue.num_requests) == (0, 0)
 
 
 def test_events_of_a_step_come_in_one_batch(gated: Served) -> None:

@@ -96,16 +96,51 @@ def test_priority_decides_who_is_preempted() -> None:
 
 
 def test_a_preempted_sequence_is_dropped_from_the_step_that_takes_its_blocks() -> None:
-    """The victim's decode was planned already when the older prompt runs out of blocks."""
+    """The victim's decode is planned already when the older prompt, computed slowly, runs out of blocks."""
     info = fake_info(num_blocks=9, block_size=4, max_model_len=36)
-    harness = Harness(info, max_num_batched_tokens=8)
-    old = request("old", range(30), max_tokens=2, priority=-1)
-    young = request("young", range(40, 44), max_tokens=20)
-    harness.add(young)
+    for num_young in range(1, 9):
+        harness = Harness(info, max_num_batched_tokens=2)
+        young = request("young", range(40, 40 + num_young), max_tokens=27)
+        old = request("old", range(17), max_tokens=2, priority=-1)
+        harness.add(young)
+        while harness.scheduler.running == [] or harness.scheduler.running[0].num_output == 0:
+            harness.step()
+        harness.add(old)
+        assert harness.run() == {**solo(old, info), **solo(young, info)}
+        assert harness.last("young").num_preemptions > 0
+
+
+def test_a_request_that_fails_while_planned_leaves_no_entry_behind() -> None:
+    harness = Harness()
+    harness.add(request("bad", range(6), max_tokens=9, n=3))
+    harness.add(request("good", range(6), max_tokens=9))
     harness.step()
-    harness.add(old)
-    outputs = harness.run()
-    assert outputs == {**solo(old, info), **solo(young, info)}
+    harness.step()
+    visits = []
+
+    def fail_once(point: str, request_id: str) -> None:
+        if (point, request_id) == ("prepare", "bad"):
+            visits.append(1)
+            if len(visits) == 2:
+                raise ValueError
+
+    harness.scheduler.faults = fail_once
+    assert [entry.seq_id for entry in harness.step().entries] == [3]
+    assert [harness.last("bad", index).finish_reason for index in range(3)] == ["error"] * 3
+    while harness.scheduler.has_work:
+        harness.step()
+    harness.check_empty()
+
+
+def test_a_prefix_is_evicted_from_its_end() -> None:
+    harness = Harness(fake_info(num_blocks=8, block_size=4, max_model_len=32))
+    harness.add(request("a", range(20), max_tokens=1))
+    harness.run()
+    harness.add(request("filler", range(50, 70), max_tokens=1))  # five blocks: three were blank
+    harness.run()
+    harness.add(request("again", range(20), max_tokens=1))
+    harness.run()
+    assert harness.last("again").num_cached_tokens == 12
 
 
 @pytest.mark.parametrize(("num_prompt", "num_running"), [(12, 2), (13, 1)])
@@ -144,12 +179,14 @@ def test_requests_that_can_never_run_are_refused() -> None:
     for bad in (50, -1, True, 1.0, "1", None):
         with pytest.raises(RequestError, match="prompt token ids"):
             harness.add(request("a", [0, bad], max_tokens=1))  # type: ignore[list-item]
-    with pytest.raises(RequestError, match="priority"):
-        harness.add(request("a", [0], priority=128, max_tokens=1))
+    for bad in (128, -129, 1.5, "1", None):
+        with pytest.raises(RequestError, match="priority"):
+            harness.add(request("a", [0], priority=bad, max_tokens=1))
     with pytest.raises(RequestError, match="request_id"):
         harness.add(request("", [0], max_tokens=1))
-    with pytest.raises(RequestError, match="cache_salt"):
-        harness.add(request("a", [0], cache_salt="x" * 129, max_tokens=1))
+    for bad in ("x" * 129, "\n", "é"):
+        with pytest.raises(RequestError, match="cache_salt"):
+            harness.add(request("a", [0], cache_salt=bad, max_tokens=1))
     with pytest.raises(RequestError, match="stop_token_ids"):
         harness.add(request("a", [0], stop_token_ids=[50], max_tokens=1))
     with pytest.raises(RequestError, match="eos"):
@@ -241,10 +278,12 @@ def test_a_sibling_takes_over_when_the_first_is_aborted() -> None:
     harness.add(item)
     harness.step()
     harness.abort("a", 0)
+    harness.scheduler.limits = SchedulerLimits(max_num_batched_tokens=64)
     outputs = harness.run()
     alone = solo(item, harness.info)
     assert {key: outputs[key] for key in [("a", 1), ("a", 2)]} == {key: alone[key] for key in [("a", 1), ("a", 2)]}
     assert harness.last("a", 0).finish_reason == "abort"
+    assert [harness.last("a", index).num_cached_tokens for index in (1, 2)] == [8, 16]
 
 
 def test_seeds_are_derived_per_index_and_repeat() -> None:

@@ -196,19 +196,22 @@ def test_prompt_logprobs_are_collected_over_chunks(budget: int) -> None:
 
 
 def test_prompt_logprobs_survive_preemption() -> None:
-    info = fake_info(num_blocks=8, block_size=4, max_model_len=32)
-    harness = Harness(info, max_num_batched_tokens=5)
-    alone = Harness(max_num_batched_tokens=64)
-    item = request("young", range(50, 62), max_tokens=16, prompt_logprobs=0)
-    for each in (harness, alone):
-        if each is harness:
-            each.add(request("old", range(8), max_tokens=24))
-        each.add(item)
-        each.run()
-    assert harness.last("young").num_preemptions > 0
-    first = [next(event for event in each.events if event.request_id == "young") for each in (harness, alone)]
-    assert first[0].prompt_logprobs is not None
-    assert first[0].prompt_logprobs == first[1].prompt_logprobs
+    """Rows scored before the preemption are neither asked for again nor lost."""
+    alone = Harness()
+    item = request("a", range(50, 68), max_tokens=2, prompt_logprobs=0)
+    alone.add(item)
+    alone.run()
+    for num_steps in range(1, 8):
+        harness = Harness(max_num_batched_tokens=3)
+        harness.add(item)
+        for _ in range(num_steps):
+            harness.step()
+        for seq in list(harness.scheduler.running):
+            harness.scheduler._roster.preempt(seq)
+        assert harness.run() == alone.outputs()
+        assert harness.events[0].prompt_logprobs == alone.events[0].prompt_logprobs
+        num_scored = sum(row.target is not None for plan in harness.plans for row in plan.entries[0].rows)
+        assert num_scored == 17
 
 
 # --- drafts ------------------------------------------------------------------------------------------------------

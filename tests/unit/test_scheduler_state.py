@@ -50,7 +50,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests: list[Request] = []
 
     @initialize(
-        num_blocks=st.integers(7, 16),
+        num_blocks=st.integers(7, 11),
         windows=st.sampled_from([(None,), (None, 6), (5,), (None, 1, 9)]),
         budget=st.sampled_from([3, 8, 64]),
         max_drafts=st.sampled_from([0, 3]),
@@ -76,7 +76,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix=st.sampled_from(PREFIXES),
         shared=st.integers(0, 14),
         tail=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4),
-        max_tokens=st.integers(1, 10),
+        max_tokens=st.sampled_from([1, 3, 9, 10]),
         n=st.sampled_from([1, 1, 1, 2, 3]),
         priority=st.sampled_from([0, 0, -1, 2]),
         tenant=st.sampled_from(["", "", "other"]),
@@ -113,7 +113,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return item.request_id
 
     @precondition(lambda self: self.requests)
-    @rule(count=st.integers(1, 6))
+    @rule(count=st.sampled_from([1, 2, 8]))
     def step(self, count: int) -> None:
         for _ in range(count):
             self.harness.step()
@@ -125,6 +125,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(name=consumes(live), index=st.sampled_from([None, 0]))
     def abort_while_a_plan_is_out(self, name: str, index: int | None) -> None:
         self.harness.step(between=lambda: self.harness.abort(name, index))
+
+    @precondition(lambda self: self.requests and self.harness.scheduler.running)
+    @rule(count=st.integers(1, 2))
+    def preempt(self, count: int) -> None:
+        roster = self.harness.scheduler._roster
+        for seq in roster.running[-count:]:
+            roster.preempt(seq)
+        self.harness.scheduler.check_integrity()
 
     @rule()
     def evict(self) -> None:
@@ -143,7 +151,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert_outputs(self.harness, self.requests)
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=scaled(40), stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=scaled(25), stateful_step_count=40, deadline=None)
 test_anything_at_any_time = SchedulerMachine.TestCase
 
 

@@ -31,16 +31,18 @@ class Request:
         """Raise RequestError unless every number is within the bounds of this model."""
         if not self.request_id or len(self.request_id) > MAX_NAME_CHARS:
             raise RequestError(f"request_id must have 1 to {MAX_NAME_CHARS} characters", param="request_id")
-        if not -MAX_PRIORITY - 1 <= self.priority <= MAX_PRIORITY:
+        if type(self.priority) is not int or not -MAX_PRIORITY - 1 <= self.priority <= MAX_PRIORITY:
             raise RequestError(f"priority must be in -{MAX_PRIORITY + 1}..{MAX_PRIORITY}", param="priority")
-        if len(self.cache_salt) > MAX_NAME_CHARS:
-            raise RequestError(f"cache_salt must have at most {MAX_NAME_CHARS} characters", param="cache_salt")
+        salt = self.cache_salt
+        if len(salt) > MAX_NAME_CHARS or not (salt.isascii() and salt.isprintable()):
+            message = f"cache_salt must have at most {MAX_NAME_CHARS} printable ASCII characters"
+            raise RequestError(message, param="cache_salt")
         if not self.prompt_token_ids:
             raise RequestError("the prompt is empty; send at least one token", param="prompt")
         self.params.resolve(max_model_len, len(self.prompt_token_ids))  # ContextLengthError
-        for token in self.prompt_token_ids:
-            if type(token) is not int or not 0 <= token < vocab_size:
-                raise RequestError(f"prompt token ids must be integers in 0..{vocab_size - 1}", param="prompt")
+        ids = self.prompt_token_ids
+        if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= vocab_size:
+            raise RequestError(f"prompt token ids must be integers in 0..{vocab_size - 1}", param="prompt")
         if any(not 0 <= token < vocab_size for token in self.eos_token_ids):
             raise RequestError(f"eos token ids must be in 0..{vocab_size - 1}", param="eos_token_ids")
         self.params.check_vocabulary(vocab_size)

@@ -165,6 +165,8 @@ class Roster:
             raise AssertionError("a running sequence has nothing left to compute")
         if any(table for seq in self.waiting for table in seq.block_tables):
             raise AssertionError("a waiting sequence holds blocks")
+        if any(seq.num_computed or seq.num_published or any(seq.first_live) or seq.drafts for seq in self.waiting):
+            raise AssertionError("a waiting sequence has kept what belonged to its blocks")
         unfinished = [seq.seq_id for active in self.requests.values() for seq in active.unfinished]
         if sorted(unfinished) != sorted(self.sequences):
             raise AssertionError("requests and sequences disagree")

@@ -51,7 +51,6 @@ class _Step:
 
     budget: int
     entries: dict[int, PlanEntry] = field(default_factory=dict)  # by seq_id
-    preempted: bool = False
 
     def add(self, entry: PlanEntry) -> None:
         self.entries[entry.seq_id] = entry
@@ -155,7 +154,7 @@ class Scheduler:
                 self._guarded(self._advance, seq, step, now)
         for seq in prefills:
             self._guarded(self._advance, seq, step, now)
-        if self.waiting and not step.preempted:
+        if self.waiting:
             self._admit_waiting(step, now)
         return StepPlan(tuple(step.entries.values()))
 
@@ -184,7 +183,6 @@ class Scheduler:
             if len(self.running) == 1:
                 raise EngineError("the KV cache cannot hold this sequence")  # validate() excludes it
             step.drop(victim.seq_id)
-            step.preempted = True
             self._roster.preempt(victim)
             if victim is seq:
                 return
@@ -207,8 +205,7 @@ class Scheduler:
 
     def _admit_waiting(self, step: _Step, now: float) -> None:
         """Start waiting sequences in order until budget, places or blocks run out."""
-        # No more sequences than tokens in a step, so that each running one advances in every step.
-        max_running = min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
+        max_running = self.limits.max_num_seqs
         if len(self.running) >= max_running:
             return
         for seq in list(self.waiting):
