@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from canary import assert_clean
 from house import House, completion, read_response
 from starlette.routing import Route
 
-from conftest import assert_clean
 from setpoint.errors import ConfigError
 from setpoint.server.app import PROBES
 from setpoint.server.auth import KeyRing, check_bind, is_loopback

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from canary import Canary, assert_clean
 from house import House, chat, completion, events, until
 
-from conftest import Canary, assert_clean
 from setpoint.server import endpoints, forms, generation, prepare
 
 PATH, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -10,9 +10,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from canary import Canary, assert_clean
 from house import House, chat, completion, raw_request, read_response, until
 
-from conftest import Canary, assert_clean
 from setpoint.engine.scheduler import SchedulerLimits
 
 PATH = "/v1/completions"

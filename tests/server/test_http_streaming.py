@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
+from canary import assert_clean
 from house import House, chat, completion, events, raw_request, until
 
-from conftest import assert_clean
 from setpoint.engine.scheduler import SchedulerLimits
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -69,16 +69,19 @@ def create_app(context: ServerContext) -> FastAPI:
 
 
 def _add_routes(app: FastAPI, context: ServerContext, endpoints: Endpoints, metrics: Metrics) -> None:
-    def post(path: str, name: str, endpoint: Callable[..., Any], wire_type: type[Wire]) -> None:
+    def post(path: str, name: str, endpoint: Callable[..., Any], wire_type: type[Wire], *more: str) -> None:
         reference = {"$ref": f"#/components/schemas/{wire_type.__name__}"}
         body = {"required": True, "content": {"application/json": {"schema": reference}}}
-        app.add_api_route(path, endpoint, methods=["POST"], name=name, openapi_extra={"requestBody": body})
+        answers = _answers("application/json", *more)
+        extra = {"requestBody": body}
+        app.add_api_route(path, endpoint, methods=["POST"], name=name, responses=answers, openapi_extra=extra)
 
-    def get(path: str, name: str, endpoint: Callable[..., Any]) -> None:
-        app.add_api_route(path, endpoint, methods=["GET"], name=name)
+    def get(path: str, name: str, endpoint: Callable[..., Any], media_type: str = "application/json") -> None:
+        answers = _answers(media_type)
+        app.add_api_route(path, endpoint, methods=["GET"], name=name, responses=answers, response_class=Response)
 
-    post("/v1/chat/completions", "chat_completions", endpoints.chat, ChatRequest)
-    post("/v1/completions", "completions", endpoints.completion, CompletionRequest)
+    post("/v1/chat/completions", "chat_completions", endpoints.chat, ChatRequest, "text/event-stream")
+    post("/v1/completions", "completions", endpoints.completion, CompletionRequest, "text/event-stream")
     post("/tokenize", "tokenize", endpoints.tokenize, TokenizeRequest)
     post("/detokenize", "detokenize", endpoints.detokenize, DetokenizeRequest)
     get("/v1/models", "models", endpoints.models)
@@ -92,7 +95,7 @@ def _add_routes(app: FastAPI, context: ServerContext, endpoints: Endpoints, metr
         return Response(metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
     get("/version", "version", version)
-    get("/metrics", "metrics", metrics_page)
+    get("/metrics", "metrics", metrics_page, "text/plain")
     for name, check in (
         ("startupz", health.startup),
         ("livez", health.live),
@@ -101,6 +104,10 @@ def _add_routes(app: FastAPI, context: ServerContext, endpoints: Endpoints, metr
         ("ping", health.ready),
     ):
         get(f"/{name}", name, _probe(context, check))
+
+
+def _answers(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    return {200: {"description": "Success", "content": {media_type: {} for media_type in media_types}}}
 
 
 def _probe(context: ServerContext, check: Callable[[ServerContext], health.Health]) -> Callable[..., Any]:

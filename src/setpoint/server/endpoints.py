@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -31,6 +32,7 @@ from setpoint.server.stream import EventStream, Finish, JsonAnswer
 
 WireT = TypeVar("WireT", bound=Wire)
 BodyT = TypeVar("BodyT", bound=GenerationFields)
+_JSON: Final = re.compile(r"application/json\s*(;\s*charset\s*=\s*\"?utf-8\"?\s*)?", re.IGNORECASE)
 _SMALL_BODY: Final = 64 << 10  # bytes; parsed on the event loop, larger ones in a worker
 
 
@@ -160,6 +162,10 @@ class Endpoints:
         )
 
     async def _read(self, request: Request, wire_type: type[WireT]) -> tuple[WireT, list[str]]:
+        content_types = request.headers.getlist("content-type")
+        if len(content_types) != 1 or not _JSON.fullmatch(content_types[0]):  # what a form of another site cannot send
+            message = "Content-Type must be application/json."
+            raise ApiError("unsupported_media_type", message, param="Content-Type", headers={"Connection": "close"})
         try:
             raw = await request.body()
         except ClientDisconnect:

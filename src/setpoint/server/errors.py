@@ -130,7 +130,7 @@ def as_api_error(error: BaseException) -> ApiError:
             return error
         case RequestError():
             reason = error.reason if error.reason in REASONS else "out_of_range"
-            return ApiError(reason, str(error), param=error.param)
+            return ApiError(reason, str(error), param=error.param, status=400)
         case QueueFullError():
             wait = max(1, math.ceil(error.retry_after_s))
             return ApiError("queue_full", str(error), headers={"Retry-After": str(wait)})

@@ -51,6 +51,7 @@ UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "mm_processor_kwargs": ({},),
     "spaces_between_special_tokens": (True,),
 }
+UNTIL_BUILT: Final = frozenset({"use_beam_search", "length_penalty", "watermarking", "repetition_detection"})  # 501
 FORBIDDEN: Final = {
     "chat_template": "templates in requests are off on this server",
     "prompt_embeds": "tensors from clients are not accepted",
@@ -138,7 +139,8 @@ def _same(value: Any, neutral: Any) -> bool:
 
 
 def _not_supported(param: str) -> ApiError:
-    return ApiError("not_supported", f"'{param}' asks for a feature that this server does not have yet.", param=param)
+    message = f"'{param}' asks for a feature that this server does not have yet."
+    return ApiError("not_supported", message, param=param, status=501 if param in UNTIL_BUILT else 400)
 
 
 def _wire_error(error: ValidationError, payload: dict[str, Any], wire_type: type[Wire]) -> ApiError:

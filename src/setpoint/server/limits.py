@@ -1,20 +1,17 @@
 """ASGI: what a request may send, decided before its body is read and while it is.
 
-Body size (on Content-Length first, then on what arrives), time to send it, content type and encoding. Bodies are JSON
-and uncompressed: no multipart, no gzip.
+Header sizes, body size (on Content-Length first, then on what arrives), time to send it, and encoding: bodies are not
+compressed. That they are JSON is checked where one is read.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from setpoint.server.context import ServerSettings
 from setpoint.server.errors import ApiError, send_error
-
-_JSON = re.compile(rb"application/json\s*(;\s*charset\s*=\s*\"?utf-8\"?\s*)?", re.IGNORECASE)
 
 
 class Limits:
@@ -40,7 +37,6 @@ class Limits:
             raise ApiError("headers_too_large", "The request headers are too many.")
         if sum(len(name) + len(value) for name, value in headers) > self.settings.max_header_bytes:
             raise ApiError("headers_too_large", "The request headers are too large.")
-        content_types = []
         for name, value in headers:
             if name == b"content-length":
                 if not value.isdigit():
@@ -53,10 +49,6 @@ class Limits:
                 )
             elif name == b"upgrade" and scope["method"] == "POST":  # the parser gives no body after it
                 raise ApiError("malformed", "Other protocols are not offered; send plain HTTP/1.1.", param="Upgrade")
-            elif name == b"content-type":
-                content_types.append(value)
-        if scope["method"] == "POST" and not (len(content_types) == 1 and _JSON.fullmatch(content_types[0])):
-            raise ApiError("unsupported_media_type", "Content-Type must be application/json.", param="Content-Type")
 
 
 class _Body:
