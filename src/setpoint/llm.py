@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -17,12 +20,14 @@ from setpoint.config import EngineConfig
 from setpoint.engine.events import Event, TokenLogprob
 from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
-from setpoint.errors import ConfigError, QueueFullError, RequestError
+from setpoint.errors import ConfigError, EngineError, QueueFullError, RequestError
 from setpoint.loaders.download import Progress, silent
+from setpoint.text.spellings import spellings
 from setpoint.text.stream import TextStream
 from setpoint.text.tokenizer import Tokenizer
 
 OnText = Callable[[int, str], None]  # (index of the prompt, new text), for choice 0
+_Prompt = tuple[str | None, list[int]]  # as text when it was text, and as token ids
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -67,7 +72,7 @@ class _Collector:
     """Turns the events of one request into its RequestOutput."""
 
     def __init__(
-        self, request: Request, prompt: str | None, tokenizer: Tokenizer, on_text: Callable[[str], None]
+        self, request: Request, prompt: str | None, stream: Callable[[], TextStream], on_text: Callable[[str], None]
     ) -> None:
         params = request.params
         self.request, self.on_text = request, on_text
@@ -77,25 +82,19 @@ class _Collector:
         if params.logprobs is not None:
             for completion in self.output.outputs:
                 completion.logprobs, completion.cumulative_logprob = [], 0.0
-        self.streams = [
-            TextStream(
-                tokenizer,
-                stop=params.stop,
-                include_stop=params.include_stop_str_in_output,
-                skip_special_tokens=params.skip_special_tokens,
-            )
-            for _ in range(params.n)
-        ]
+        self.streams = [stream() for _ in range(params.n)]
         self.first_time: float | None = None
         self.last_time = 0.0
 
     def accept(self, event: Event) -> bool:
         """Take one event; True when its sequence has met a stop string and must be aborted."""
         completion = self.output.outputs[event.index]
+        if completion.finish_reason is not None:
+            return False  # what was under way when the stop string was found
         if event.error is not None:
             raise event.error
-        if completion.finish_reason is not None:
-            return False  # tokens that were under way when the stop string was found
+        if event.finish_reason == "abort":
+            raise EngineError("the request was aborted")  # by whoever shut the engine down
         if event.prompt_logprobs is not None:
             self.output.prompt_logprobs = list(event.prompt_logprobs)
         if event.index == 0:
@@ -109,28 +108,28 @@ class _Collector:
         return stopped
 
     def _add_tokens(self, completion: CompletionOutput, event: Event) -> bool:
-        final = event.finish_reason is not None
-        delta = self.streams[event.index].push(self._visible(event), final=final)
-        accepted = len(event.token_ids) if delta.stop is None else delta.num_tokens
+        params, final = self.request.params, event.finish_reason is not None
+        accepted, stop, text = len(event.token_ids), None, ""
+        if params.detokenize:
+            visible = event.token_ids
+            if event.finish_reason == "stop" and not params.include_stop_str_in_output:
+                visible = visible[:-1]  # the token that ended the sequence is counted, not shown
+            delta = self.streams[event.index].push(visible, final=final)
+            text, stop = delta.text, delta.stop
+            accepted = accepted if stop is None else delta.num_tokens
         completion.token_ids.extend(event.token_ids[:accepted])
-        completion.text += delta.text
-        if event.index == 0 and delta.text:
-            self.on_text(delta.text)
+        completion.text += text
+        if event.index == 0 and text:
+            self.on_text(text)
         if completion.logprobs is not None and event.logprobs is not None:
             kept = event.logprobs[:accepted]
             completion.logprobs.extend(kept)
             completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + sum(p.logprob for p in kept)
-        if delta.stop is not None:
-            completion.finish_reason, completion.stop_reason = "stop", delta.stop
+        if stop is not None:
+            completion.finish_reason, completion.stop_reason = "stop", stop
             return not final
         completion.finish_reason, completion.stop_reason = event.finish_reason, event.stop_reason
         return False
-
-    def _visible(self, event: Event) -> Sequence[int]:
-        """Token ids that become text: the token that ended the sequence stays out of it, as in the OpenAI API."""
-        if event.finish_reason == "stop" and event.token_ids and event.token_ids[-1] in self.request.stop_ids:
-            return event.token_ids[:-1]
-        return event.token_ids
 
     def _finish(self, event: Event) -> None:
         first = event.time if self.first_time is None else self.first_time
@@ -165,14 +164,14 @@ class LLM:
             raise ConfigError("give either a model or a config")
         self._events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
         if config is None:
-            try:
-                config = EngineConfig(model=model or "", **knobs)
-            except TypeError as error:
-                raise ConfigError(f"unknown knob: {str(error).rpartition('argument ')[2]}") from error
+            config = _config(model or "", knobs)
+        elif knobs:
+            raise ConfigError(f"give {', '.join(knobs)} in the config")
         self._assembly: Assembly = build_engine(config, self._events.put, progress=progress, phase=phase)
         self._ids = itertools.count()
         self._lock = threading.Lock()  # one generate() at a time owns the event queue
         self._assembly.engine.start()
+        self._end = weakref.finalize(self, self._assembly.engine.shutdown)  # also when nobody calls close()
 
     def __enter__(self) -> LLM:
         return self
@@ -184,7 +183,7 @@ class LLM:
 
     def close(self) -> None:
         """Stop the engine and release its memory; safe to call twice."""
-        self._assembly.engine.shutdown()
+        self._end()
 
     @property
     def config(self) -> EngineConfig:
@@ -207,34 +206,54 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue each prompt (text or token ids); results keep the order of the prompts.
 
-        Raises RequestError naming the field, before anything runs, when one of them is invalid.
+        `on_text` receives the text as it comes. It must not call `generate` or `chat` itself.
+        Raises RequestError naming the field, before anything runs, when one of them is invalid; EngineError when the
+        engine fails one of them, and then the others end too.
         """
         many: Sequence[Any] = [prompts] if isinstance(prompts, str) else prompts
-        tokenizer = self._assembly.tokenizer
-        texts = [prompt if isinstance(prompt, str) else None for prompt in many]
-        ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in many]
-        return self._run(texts, ids, _one_each(params, len(many)), on_text)
+        read = [self._read_prompt(prompt) for prompt in many]
+        return self._run(read, _one_each(params, SamplingParams(), len(read)), on_text, continuation=True)
+
+    def _read_prompt(self, prompt: Any) -> _Prompt:
+        if isinstance(prompt, str):
+            try:
+                return prompt, self._assembly.tokenizer.encode(prompt)
+            except RequestError as error:
+                raise RequestError(str(error), param="prompt", reason=error.reason) from None
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise RequestError("a prompt must be text or a list of token ids", param="prompt")
+        return None, list(prompt)
 
     def chat(
         self,
         messages: Messages | Sequence[Messages],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         on_text: OnText | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several (a list of conversations)."""
-        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        """Answer one conversation, or several (a list of conversations); without `params`, up to the context's end.
+
+        Errors and `on_text` are those of `generate`.
+        """
+        if not messages:
+            raise RequestError("messages is empty", param="messages")
+        conversations: Sequence[Any] = [messages] if isinstance(messages[0], Mapping) else messages
         template = chat_template_of(self._assembly)
-        texts: list[str | None] = [template.render(conversation) for conversation in conversations]
-        ids = [self._assembly.tokenizer.encode(text or "", add_special_tokens=False) for text in texts]
-        chosen = params or SamplingParams(max_tokens=None)
-        return self._run(texts, ids, [chosen] * len(ids), on_text)
+        texts = [template.render(conversation) for conversation in conversations]
+        read: list[_Prompt] = [
+            (text, self._assembly.tokenizer.encode(text, add_special_tokens=False)) for text in texts
+        ]
+        default = SamplingParams(max_tokens=None)
+        return self._run(read, _one_each(params, default, len(read)), on_text, continuation=False)
 
     def _run(
-        self, texts: list[str | None], ids: list[list[int]], params: list[SamplingParams], on_text: OnText | None
+        self, prompts: list[_Prompt], params: list[SamplingParams], on_text: OnText | None, *, continuation: bool
     ) -> list[RequestOutput]:
         with self._lock:
-            collectors = list(self._collectors(texts, ids, params, on_text))
+            collectors = [
+                self._collector(prompt, chosen, partial(on_text or _nobody, index), continuation)
+                for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True))
+            ]
             by_id = {collector.request.request_id: collector for collector in collectors}
             waiting = list(reversed(collectors))
             open_ids = set(by_id)
@@ -245,30 +264,40 @@ class LLM:
             finally:
                 for request_id in open_ids:  # an error, or Ctrl-C
                     self._assembly.engine.abort(request_id)
-                if open_ids:
-                    self._forget(open_ids - {collector.request.request_id for collector in waiting})
+                self._forget(open_ids - {collector.request.request_id for collector in waiting})
             return [collector.output for collector in collectors]
 
-    def _collectors(
-        self, texts: list[str | None], ids: list[list[int]], params: list[SamplingParams], on_text: OnText | None
-    ) -> Iterator[_Collector]:
-        tokenizer, info = self._assembly.tokenizer, self._assembly.engine.limits
-        for index, (text, prompt, chosen) in enumerate(zip(texts, ids, params, strict=True)):
-            if not prompt:
-                raise RequestError("the prompt is empty", param="prompt")
-            request = Request(
-                f"llm-{next(self._ids)}",
-                prompt,
-                chosen.resolve(info.max_model_len, len(prompt)),
-                eos_token_ids=tokenizer.eos_token_ids,
-            )
-            request.validate(vocab_size=info.vocab_size, max_model_len=info.max_model_len)
+    def _collector(
+        self, prompt: _Prompt, params: SamplingParams, on_text: Callable[[str], None], continuation: bool
+    ) -> _Collector:
+        text, token_ids = prompt
+        request = self._request(token_ids, params)
+        return _Collector(request, text, partial(self._text_stream, request.params, continuation), on_text)
 
-            def show(piece: str, index: int = index) -> None:
-                if on_text is not None:
-                    on_text(index, piece)
+    def _request(self, prompt: list[int], params: SamplingParams) -> Request:
+        tokenizer, limits = self._assembly.tokenizer, self._assembly.engine.limits
+        if not prompt:
+            raise RequestError("the prompt is empty", param="prompt")
+        if params.bad_words:
+            params = replace(params, bad_words_token_ids=spellings(tokenizer, params.bad_words))
+        request = Request(
+            f"llm-{next(self._ids)}",
+            prompt,
+            params.resolve(limits.max_model_len, len(prompt)),
+            eos_token_ids=tokenizer.eos_token_ids,
+        )
+        request.validate(vocab_size=limits.vocab_size, max_model_len=limits.max_model_len)
+        return request
 
-            yield _Collector(request, text, tokenizer, show)
+    def _text_stream(self, params: SamplingParams, continuation: bool) -> TextStream:
+        return TextStream(
+            self._assembly.tokenizer,
+            stop=params.stop,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
+            continuation=continuation,
+        )
 
     def _submit_some(self, waiting: list[_Collector]) -> None:
         """Fill the engine's bounded queue; what does not fit is tried again after the next events."""
@@ -305,11 +334,27 @@ class LLM:
             request_ids -= {event.request_id for event in events if event.finish_reason is not None}
 
 
-def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None:
-        return [SamplingParams()] * count
-    if isinstance(params, SamplingParams):
-        return [params] * count
+def _nobody(index: int, piece: str) -> None:
+    """The listener of somebody who waits for the end."""
+
+
+def _config(model: str, knobs: Mapping[str, Any]) -> EngineConfig:
+    known = [declared.name for declared in fields(EngineConfig) if "knob" in declared.metadata]
+    for name in knobs:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the knobs are {', '.join(known)}"
+            raise ConfigError(f"{name} is not supported; {hint}")
+    return EngineConfig(model=model, **knobs)
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, default: SamplingParams, count: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or default] * count
+    if any(not isinstance(one, SamplingParams) for one in params):
+        raise RequestError("params must be SamplingParams", param="params")
     if len(params) != count:
         raise RequestError(f"{count} prompts but {len(params)} sampling parameters", param="params")
-    return [replace(one) for one in params]
+    return list(params)
