@@ -60,8 +60,10 @@ class RowState:
         """How to draw the token after `token_ids` and then `guesses` (drafts taken as if they were accepted)."""
         params = self._params
         num_output = len(token_ids) - num_prompt + len(guesses)
-        banned = self._banned(token_ids, num_prompt, guesses, num_output)
-        ids, counts = self._penalties(guesses)
+        bans = self._bad_words or num_output < params.min_tokens
+        banned = self._banned(token_ids, num_prompt, guesses, num_output) if bans else ()
+        # Live lists, but with guesses: a plan is executed before the next append.
+        ids, counts = self._penalties(guesses) if guesses else (self._ids, self._counts)
         return RowSampling(
             temperature=params.temperature,
             top_k=params.top_k,
@@ -81,8 +83,8 @@ class RowState:
         )
 
     def _penalties(self, guesses: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
-        if not self._penalises or not guesses:
-            return self._ids, self._counts  # live lists: a plan is executed before the next append
+        if not self._penalises:
+            return (), ()
         ids, counts, slots = list(self._ids), list(self._counts), dict(self._slots)
         for token in guesses:
             slot = slots.setdefault(token, len(ids))

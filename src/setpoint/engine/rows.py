@@ -30,13 +30,13 @@ def build_rows(seq: Sequence, num_new: int, drafts: list[int]) -> tuple[LogitsRo
     there and one after each draft, as if the drafts before it were accepted.
     """
     rows: list[LogitsRow] = []
-    start, params = seq.num_computed, seq.owner.request.params
+    start, params = seq.num_computed, seq.params
     scored = seq.prompt_logprobs
     if scored is not None and len(scored) < seq.num_prompt:
         for position in range(max(start, len(scored) - 1), min(start + num_new, seq.num_prompt - 1)):
             target = seq.token_ids[position + 1]
             rows.append(LogitsRow(position - start, target=target, num_logprobs=params.prompt_logprobs))
-    first = seq.num_tokens - 1 - start
+    first = len(seq.token_ids) - 1 - start
     if num_new > first:
         for count in range(len(drafts) + 1):
             sampling = seq.row_state.row(seq.token_ids, seq.num_prompt, drafts[:count])

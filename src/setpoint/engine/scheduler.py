@@ -171,12 +171,14 @@ class Scheduler:
         """Plan the next tokens of a running sequence, preempting from the end of the order if blocks run out."""
         if seq.status is not SequenceStatus.RUNNING or step.budget <= 0:
             return
-        self._inject("schedule", seq)
+        if self.faults is not None:
+            self._inject("schedule", seq)
         missing = len(seq.token_ids) - seq.num_computed
         if missing == 1 and self._drafter is not None:
             self._draft(self._drafter, seq, step)
         wanted = min(missing + len(seq.drafts), step.budget)
-        self._inject("allocate", seq)
+        if self.faults is not None:
+            self._inject("allocate", seq)
         covered = self.kv.grow(seq, seq.num_computed + wanted)
         while covered <= seq.num_computed:
             victim = self.running[-1]
@@ -196,7 +198,8 @@ class Scheduler:
         seq.drafts = drafter.propose(seq.token_ids, room)[:room] if room > 0 else []
 
     def _plan_entry(self, seq: Sequence, num_new: int, step: _Step) -> None:
-        self._inject("prepare", seq)
+        if self.faults is not None:
+            self._inject("prepare", seq)
         start = seq.num_computed
         drafts = seq.drafts[: max(0, num_new - (len(seq.token_ids) - start))] if seq.drafts else []
         tokens = seq.token_ids[start : start + num_new] + drafts
@@ -228,12 +231,14 @@ class Scheduler:
         return leader.num_computed < shareable
 
     def _admit(self, seq: Sequence, step: _Step, now: float) -> None:
-        self._inject("schedule", seq)
+        if self.faults is not None:
+            self._inject("schedule", seq)
         hit = self.kv.match(seq)
         if self.running and not self.kv.can_admit(seq, hit, self.running):
             self._blocked = (seq.seq_id, len(self.running), tuple(pool.num_free for pool in self.kv.pools))
             return
-        self._inject("allocate", seq)
+        if self.faults is not None:
+            self._inject("allocate", seq)
         self._roster.start(seq)
         self.kv.take_hit(seq, hit)
         if seq.first_scheduled_time is None:
@@ -294,7 +299,8 @@ class Scheduler:
         computed = result.entries[position]
         if computed.error is not None:
             raise computed.error
-        self._inject("commit", seq)
+        if self.faults is not None:
+            self._inject("commit", seq)
         outcome = take_rows(seq, entry, computed.rows, self.vocab_size)
         seq.drafts = []
         num_drawn = len(outcome.token_ids)

@@ -51,6 +51,7 @@ class Sequence:
         "num_published",
         "order",
         "owner",
+        "params",
         "prompt_logprobs",
         "row_state",
         "seq_id",
@@ -65,6 +66,7 @@ class Sequence:
         request = owner.request
         self.seq_id = seq_id
         self.owner = owner
+        self.params = request.params
         self.index = index
         self.order = (request.priority, arrival, index)  # lower is served first, higher is preempted first
         self.status = SequenceStatus.WAITING
@@ -113,9 +115,8 @@ class Sequence:
         """Take a generated token; returns (finish reason, stop reason) when it is the last one."""
         self.token_ids.append(token)
         self.row_state.append(token)
-        params = self.owner.request.params
-        num_output = self.num_output
-        if token in self.stop_ids and num_output > params.min_tokens:
-            is_eos = token in self.owner.request.eos_token_ids and not params.ignore_eos
+        num_output = len(self.token_ids) - self.num_prompt
+        if token in self.stop_ids and num_output > self.params.min_tokens:
+            is_eos = token in self.owner.request.eos_token_ids and not self.params.ignore_eos
             return "stop", None if is_eos else token
         return ("length", None) if num_output >= self.max_tokens else None
