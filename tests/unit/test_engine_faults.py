@@ -232,3 +232,19 @@ def test_a_result_with_an_error_fails_that_entry_only() -> None:
     assert last is not None
     assert last.finish_reason == "error"
     served.engine.shutdown()
+
+
+def test_a_loop_that_ends_by_itself_is_not_alive() -> None:
+    class Exiting(FakeRunner):
+        def execute(self, plan: StepPlan) -> StepResult:
+            raise SystemExit
+
+    served = Served(Exiting(INFO))
+    served.engine.submit(request("a", range(4)))
+    served.engine.start()
+    served.wait_finished("a")
+    last = served.last("a")
+    assert last is not None
+    assert isinstance(last.error, EngineDeadError)
+    assert not served.engine.is_alive
+    served.engine.shutdown()

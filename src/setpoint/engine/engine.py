@@ -230,7 +230,7 @@ class Engine:
                 self._read_inbox()
                 if not self._step():
                     self._rest()
-        except Exception as error:
+        except BaseException as error:  # whatever it is, health must not say that this thread lives
             log.exception("the engine loop failed")
             self._die(f"internal error ({type(error).__name__})")
         finally:
