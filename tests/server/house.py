@@ -132,7 +132,7 @@ class House:
         self.engine.shutdown()
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30, **options)
+        return httpx.Client(base_url=self.url, timeout=30, verify=False, **options)
 
     def openai(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url + "/v1", **{"api_key": "unused-key", "max_retries": 0, **options})

@@ -239,6 +239,22 @@ def test_full_queue_is_429_with_retry_after() -> None:
         assert house.post(PATH, completion(max_tokens=1)).status_code == 200
 
 
+def test_bodies_together_are_bounded() -> None:
+    with House(max_buffered_bytes=1 << 20) as house:
+        idle = [house.connect() for _ in range(3)]
+        for sock in idle:
+            sock.sendall(HEAD + b"Content-Length: 400000\r\n\r\n" + b" " * 300_000)
+        until(lambda: house.server.admission.num_active == 3)
+        body = json.dumps(completion("x" * 200_000)).encode()
+        status, data = send(house, raw_request(PATH, body))
+        assert (status, error_of(data)["reason"]) == (429, "rate_limited")
+        for sock in idle:
+            sock.close()
+        until(lambda: house.is_quiet)
+        response = house.post(PATH, json.loads(body))
+        assert response.json()["error"]["reason"] == "context_length_exceeded"
+
+
 def test_concurrent_requests_are_bounded() -> None:
     with House(max_concurrent_requests=2, step_s=0.05) as house:
         socks = [house.connect() for _ in range(2)]

@@ -25,22 +25,23 @@ class Admission:
         self._generations: set[Generation] = set()
 
     @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Count a request in for the time of its preparation; raises ApiError 429 or 503 before any work is done."""
-        self.check()
+    def enter(self, *, generates: bool) -> Iterator[None]:
+        """Count a request in for the time of its preparation; raises 429 or 503 before any work is done."""
+        self._check()
+        if generates:
+            self._context.engine.check_admission()
         self._num_inside += 1
         try:
             yield
         finally:
             self._num_inside -= 1
 
-    def check(self) -> None:
+    def _check(self) -> None:
         self.check_open()
         if not self._context.started:
             raise ApiError("loading", "The model is still loading.", headers={"Retry-After": "5"})
         if self.num_active >= self._context.settings.max_concurrent_requests:
             raise ApiError("queue_full", "Too many requests are being served; retry later.")
-        self._context.engine.check_admission()
 
     def check_open(self) -> None:
         if self._context.draining or self._context.engine.is_draining:

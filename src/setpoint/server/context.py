@@ -27,6 +27,7 @@ class ServerSettings:
     host: str = "127.0.0.1"
     max_body_bytes: int = 16 * MIB
     max_body_chunks: int = 65_536
+    max_buffered_bytes: int = 512 * MIB  # of all bodies under way together
     max_header_bytes: int = 64 << 10
     max_header_fields: int = 100
     max_connections: int = 4096

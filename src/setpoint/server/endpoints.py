@@ -62,7 +62,7 @@ class Endpoints:
         form_type: Callable[[ServerContext, Generation], Form],
     ) -> Response:
         context, tenant = self._context, request.scope.get("setpoint.tenant", "")
-        with self._admission.enter():
+        with self._admission.enter(generates=True):
             body, ignored = await self._read(request, wire_type)
             if body.request_id is not None:
                 request.scope["setpoint.record"].request_id = body.request_id
@@ -87,7 +87,7 @@ class Endpoints:
     # Tokens
 
     async def tokenize(self, request: Request) -> Response:
-        with self._admission.enter():
+        with self._admission.enter(generates=False):
             body, ignored = await self._read(request, TokenizeRequest)
             result = await self._admission.run(lambda: self._tokenize(body))
         return json_response(result, headers={"X-Setpoint-Ignored-Params": ", ".join(ignored)} if ignored else None)
@@ -111,7 +111,7 @@ class Endpoints:
         }
 
     async def detokenize(self, request: Request) -> Response:
-        with self._admission.enter():
+        with self._admission.enter(generates=False):
             body, _ = await self._read(request, DetokenizeRequest)
             check_model(self._context, body.model)
             limit = self._context.tokenizer.vocab_size

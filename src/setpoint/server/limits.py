@@ -18,6 +18,7 @@ class Limits:
     def __init__(self, app: ASGIApp, *, settings: ServerSettings) -> None:
         self.app = app
         self.settings = settings
+        self.buffered_bytes = 0  # of the bodies of all requests under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -29,7 +30,11 @@ class Limits:
             error.headers["Connection"] = "close"  # the body is not going to be read
             await send_error(error, scope, receive, send)
             return
-        await self.app(scope, _Body(receive, self.settings), send)
+        body = _Body(receive, self)
+        try:
+            await self.app(scope, body, send)
+        finally:
+            self.buffered_bytes -= body.num_bytes
 
     def _check_headers(self, scope: Scope) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
@@ -54,10 +59,11 @@ class Limits:
 class _Body:
     """`receive` that counts bytes and time until the body is complete, then passes messages through."""
 
-    def __init__(self, receive: Receive, settings: ServerSettings) -> None:
+    def __init__(self, receive: Receive, limits: Limits) -> None:
+        self.num_bytes = 0
         self._receive = receive
-        self._settings = settings
-        self._num_bytes = 0
+        self._limits = limits
+        self._settings = limits.settings
         self._complete = False
         self._deadline: float | None = None
 
@@ -74,10 +80,14 @@ class _Body:
             raise ApiError(
                 "client_too_slow", "The request body took too long.", headers={"Connection": "close"}
             ) from None
-        self._num_bytes += len(message.get("body", b""))
+        num_new = len(message.get("body", b""))
+        self.num_bytes += num_new
+        self._limits.buffered_bytes += num_new
         self._complete = not message.get("more_body", False)
-        if self._num_bytes > self._settings.max_body_bytes:
+        if self.num_bytes > self._settings.max_body_bytes:
             raise _too_large(self._settings)
+        if self._limits.buffered_bytes > self._settings.max_buffered_bytes:
+            raise ApiError("rate_limited", "Too many large requests at once.", headers={"Connection": "close"})
         return message
 
 

@@ -89,6 +89,10 @@ class JsonAnswer(Answer):
 
 
 class EventStream(Answer):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._opened: set[int] = set()
+
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
         try:
@@ -135,10 +139,6 @@ class EventStream(Answer):
             if chunk is not None:
                 out += event(chunk)
         return bytes(out)
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._opened: set[int] = set()
 
 
 async def _next(generation: Generation, interval_s: float) -> list[Piece] | None:
