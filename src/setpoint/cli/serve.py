@@ -56,13 +56,14 @@ def serve(
             router=router,
             tokenizer=assembly.tokenizer,
             chat_template=assembly.chat_template,
-            model_names=(name,) if name == model else (name, model),
+            model_names=(name,),
             max_model_len=assembly.engine.limits.max_model_len,
             settings=ServerSettings(
                 host=http.host, open_metrics=http.open_metrics, shutdown_timeout_s=http.shutdown_timeout
             ),
             keys=keys,
             log=EventLog(level=log_level()),
+            cache_info=assembly.cache_info,
         )
         phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in assembly.phases.items())
 
