@@ -49,7 +49,7 @@ class Assembly:
     model_name: str
     isa: str  # of the kernels that were chosen
     weight_bytes: int  # read once by every step
-    cache_info: dict[str, int]  # of the KV cache, under the names of vLLM's metric
+    cache_info: dict[str, str]  # of the KV cache, under the names of vLLM's metric
     phases: dict[str, float] = field(default_factory=dict)  # start-up phase -> seconds
 
 
@@ -141,8 +141,8 @@ def build_engine(
         isa=runner.isa,
         weight_bytes=runner.weight_bytes,
         cache_info={
-            "block_size": runner.info.block_size,
-            "num_gpu_blocks": sum(group.num_blocks for group in runner.info.kv_groups),
+            "block_size": str(runner.info.block_size),
+            "num_gpu_blocks": str(sum(group.num_blocks for group in runner.info.kv_groups)),
         },
         phases=phases,
     )
