@@ -1,4 +1,5 @@
-// The paged key/value cache: one pool of blocks per group of layers, allocated once.
+// The paged key/value cache: one pool of blocks per group of layers, allocated
+// once.
 #pragma once
 #include <vector>
 
@@ -9,27 +10,35 @@ namespace setpoint {
 
 size_t kv_element_bytes(KvFormat format);
 
-// Layers of a group share block ids. A window of 0 means that every earlier token is visible.
+// Layers of a group share block ids. A window of 0 means that every earlier
+// token is visible.
 struct KvGroup {
   int num_blocks = 0;
   int window = 0;
 };
 
 class KvCache {
- public:
+public:
   explicit KvCache(KvFormat format) : format_(format) {}
 
-  // Both return the new index and throw std::invalid_argument on absurd sizes, std::bad_alloc without memory.
+  // Both return the new index and throw std::invalid_argument on absurd sizes,
+  // std::bad_alloc without memory.
   int add_group(int num_blocks, int window);
   int add_layer(int group, int kv_heads, int head_dim);
 
-  const std::vector<KvGroup>& groups() const { return groups_; }
-  int group_of(int layer) const { return layers_.at(static_cast<size_t>(layer)).group; }
-  const KvView& view(int layer) const { return layers_.at(static_cast<size_t>(layer)).view; }
-  int window_of(int layer) const { return groups_[static_cast<size_t>(group_of(layer))].window; }
+  const std::vector<KvGroup> &groups() const { return groups_; }
+  int group_of(int layer) const {
+    return layers_.at(static_cast<size_t>(layer)).group;
+  }
+  const KvView &view(int layer) const {
+    return layers_.at(static_cast<size_t>(layer)).view;
+  }
+  int window_of(int layer) const {
+    return groups_[static_cast<size_t>(group_of(layer))].window;
+  }
   size_t bytes() const;
 
- private:
+private:
   struct Layer {
     int group = 0;
     KvView view;
@@ -40,4 +49,4 @@ class KvCache {
   std::vector<Layer> layers_;
 };
 
-}  // namespace setpoint
+} // namespace setpoint

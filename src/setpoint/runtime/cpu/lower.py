@@ -92,7 +92,7 @@ class _Lowering:
         for layer in model.layers.layers:  # all angles of a step are computed in its first stage
             self.rope_table(layer.attention)
         for index, layer in enumerate(model.layers.layers):
-            self.block(f"{model.layers.name}.{index}", layer)
+            self.block(f"{model.layers.name}.{index}.", layer, last=index == len(model.layers.layers) - 1)
         self.program.head(
             self.x,
             self.norm_weight("", model.norm, model.hidden),
@@ -134,17 +134,22 @@ class _Lowering:
     def norm(self, prefix: str, norm: RMSNorm, in_slot: int, out_slot: int) -> None:
         self.program.rms_norm(in_slot, self.norm_weight(prefix, norm, self.model.hidden), norm.eps, out_slot)
 
-    def block(self, name: str, layer: Block) -> None:
+    def block(self, prefix: str, layer: Block, *, last: bool) -> None:
         if type(layer) not in (Block, SandwichBlock):
             raise UnsupportedModelError(f"layer kind {type(layer).__name__} has no CPU lowering")
-        prefix = f"{name}."
         self.norm(prefix, layer.attention_norm, self.x, self.h)
+        mixed = self.attention(prefix, layer.attention)
+        if last:
+            mixed, self.x = (
+                self.wanted(mixed, layer.attention.heads * layer.attention.head_dim),
+                self.wanted(self.x, self.model.hidden),
+            )
         if isinstance(layer, SandwichBlock):
-            self.attention(prefix, layer.attention, self.h, accumulate=False)
+            self.out_projection(prefix, layer.attention, mixed, self.h, accumulate=False)
             self.norm(prefix, layer.post_attention_norm, self.h, self.h)
             self.program.add(self.h, self.x)
         else:
-            self.attention(prefix, layer.attention, self.x, accumulate=True)
+            self.out_projection(prefix, layer.attention, mixed, self.x, accumulate=True)
         self.norm(prefix, layer.mlp_norm, self.x, self.h)
         if isinstance(layer, SandwichBlock):
             self.mlp(prefix, layer.mlp, self.h, accumulate=False)
@@ -152,6 +157,12 @@ class _Lowering:
             self.program.add(self.h, self.x)
         else:
             self.mlp(prefix, layer.mlp, self.x, accumulate=True)
+
+    def wanted(self, slot: int, width: int) -> int:
+        """`slot` without the rows that nobody reads once the last layer's keys and values are stored."""
+        selected = self.slot(f"wanted rows of {slot}", width)
+        self.program.select_rows(slot, selected)
+        return selected
 
     def linear(
         self, name: str, in_slot: int, out_slot: int, shape: tuple[int, int], *, bias: bool, accumulate: bool = False
@@ -161,8 +172,8 @@ class _Lowering:
         values = self.reader.vector(f"{name}.bias", shape[1]) if bias else None
         self.program.matmul(weight, in_slot, out_slot, values, accumulate)
 
-    def attention(self, prefix: str, attention: Attention, out_slot: int, *, accumulate: bool) -> None:
-        """From `h` to `out_slot`."""
+    def attention(self, prefix: str, attention: Attention) -> int:
+        """From `h` to the heads' outputs side by side; returns their slot."""
         program, hidden, head_dim = self.program, self.model.hidden, attention.head_dim
         name = f"{prefix}{attention.name}"
         widths = {
@@ -188,14 +199,14 @@ class _Lowering:
         mixed = self.slot("attention", widths["q"])
         scale = attention.scale if attention.scale is not None else head_dim**-0.5
         program.attention(layer, scale, slots["q"], mixed)
-        self.linear(
-            f"{name}.o_proj",
-            mixed,
-            out_slot,
-            (widths["q"], hidden),
-            bias="o_proj" in attention.bias,
-            accumulate=accumulate,
-        )
+        return mixed
+
+    def out_projection(
+        self, prefix: str, attention: Attention, in_slot: int, out_slot: int, *, accumulate: bool
+    ) -> None:
+        shape = attention.heads * attention.head_dim, self.model.hidden
+        name = f"{prefix}{attention.name}.o_proj"
+        self.linear(name, in_slot, out_slot, shape, bias="o_proj" in attention.bias, accumulate=accumulate)
 
     def mlp(self, prefix: str, mlp: GatedMLP, out_slot: int, *, accumulate: bool) -> None:
         """From `h` to `out_slot`."""
