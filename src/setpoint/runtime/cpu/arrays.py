@@ -41,7 +41,7 @@ class StepArrays:
     def __init__(self, num_groups: int, max_entries: int, max_model_len: int, block_size: int) -> None:
         self._block_size = block_size
         width = -(-max_model_len // block_size)
-        self._tables = [np.full((max_entries, width), -1, np.int32) for _ in range(num_groups)]
+        self._tables = [np.zeros((max_entries, width), np.int32) for _ in range(num_groups)]
         self.num_rows = 0
         self.arguments: tuple[Any, ...] = ()  # of Program.step
 

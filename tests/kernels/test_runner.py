@@ -1,0 +1,190 @@
+"""What CpuRunner returns for a plan, and what it refuses: one bad entry never hurts its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from program_models import MODELS, VOCAB, MemoryCheckpoint, open_runner, run, same_bits, tables, tokens_of
+from program_oracle import logits as oracle_logits
+
+from setpoint.engine.plan import EntryResult, LogitsRow, PlanEntry, RowSampling, StepPlan
+from setpoint.errors import ConfigError, EngineError, ModelFileError
+from setpoint.runtime.cpu.runner import CpuRunner
+
+
+def greedy(offset: int, **more: Any) -> LogitsRow:
+    return LogitsRow(offset, RowSampling(temperature=0.0, **more))
+
+
+def test_rows_come_back_in_order_with_tokens_and_logprobs() -> None:
+    model = MODELS["grouped"]
+    checkpoint = MemoryCheckpoint(model)
+    runner = open_runner(model, checkpoint)
+    tokens = tokens_of(20)
+    rows = [LogitsRow(3, target=5, num_logprobs=2), greedy(19), LogitsRow(19, RowSampling(temperature=0.0), None, 4)]
+    entries = [
+        PlanEntry(0, tokens, 0, tables(runner, 20, 0), rows),
+        PlanEntry(1, tokens[:4], 0, tables(runner, 20, 1)),
+        PlanEntry(2, tokens[:10], 0, tables(runner, 20, 2), [greedy(9)]),
+    ]
+    scored, nothing, short = runner.execute(StepPlan(entries)).entries
+    reference = oracle_logits(model, checkpoint.values, tokens)
+    logprobs = reference - np.log(np.exp(reference).sum(-1, keepdims=True))
+    assert scored.error is None
+    target, plain, detailed = scored.rows
+    assert target.token_id == 5
+    assert target.logprob == pytest.approx(logprobs[3, 5], abs=1e-4)
+    assert target.rank == 1 + int((reference[3] > reference[3, 5]).sum())
+    assert list(target.top_ids) == np.argsort(-reference[3])[:2].tolist()
+    best = int(reference[19].argmax())
+    assert (plain.token_id, plain.logprob, detailed.token_id, detailed.rank) == (best, None, best, 1)
+    assert detailed.top_logprobs == pytest.approx(np.sort(logprobs[19])[::-1][:4].tolist(), abs=1e-4)
+    assert nothing == EntryResult()
+    assert short.rows[0].token_id == int(reference[9].argmax())
+
+
+def test_sampling_lists_reach_their_own_row() -> None:
+    model = MODELS["grouped"]
+    runner = open_runner(model, MemoryCheckpoint(model))
+    tokens = tokens_of(8)
+    wanted = [
+        greedy(7),
+        greedy(7, allowed_ids=(11, 12)),
+        greedy(7, bias_ids=(40,), bias_values=(1000.0,)),
+        greedy(7, bias_ids=(41,), bias_values=(1000.0,), banned_ids=(41,)),
+        greedy(7, penalty_ids=(0,), penalty_counts=(3,), frequency_penalty=2.0),
+        greedy(7),
+    ]
+    entry = PlanEntry(0, tokens, 0, tables(runner, 8), wanted)
+    found = [row.token_id for row in runner.execute(StepPlan([entry])).entries[0].rows]
+    assert found[1] in (11, 12)
+    assert found[2] == 40
+    assert found[3] == found[0] == found[5] != 41
+
+
+def test_many_rows_pass_through_the_head_in_chunks() -> None:
+    model = MODELS["grouped"]
+    checkpoint = MemoryCheckpoint(model, "Q8_0")
+    runner = open_runner(model, checkpoint, num_threads=3)
+    tokens = tokens_of(200)
+    entry = PlanEntry(0, tokens, 0, tables(runner, 200), [greedy(row) for row in range(200)])
+    expected = runner.logits(StepPlan([entry])).argmax(-1).tolist()
+    assert [row.token_id for row in runner.execute(StepPlan([entry])).entries[0].rows] == expected
+
+
+def test_non_finite_logits_fail_their_entry_alone() -> None:
+    model = MODELS["grouped"]
+    checkpoint = MemoryCheckpoint(model)
+    embedding = checkpoint.values["embed.weight"].copy()
+    embedding[50] = np.nan
+    checkpoint.put("embed.weight", embedding)
+    runner = open_runner(model, checkpoint)
+    entries = [PlanEntry(i, [token], 0, tables(runner, 1, i), [greedy(0)]) for i, token in enumerate((3, 50, 4))]
+    before, poisoned, after = runner.execute(StepPlan(entries)).entries
+    assert isinstance(poisoned.error, EngineError)
+    assert before.error is None
+    assert after.error is None
+    alone = runner.execute(StepPlan([entries[2]])).entries[0]
+    assert alone.rows == after.rows
+
+
+def malformed(good: PlanEntry) -> Mapping[str, PlanEntry]:
+    row = good.rows[0]
+    assert row.sampling is not None
+    return {
+        "token": replace(good, token_ids=[1, VOCAB]),
+        "negative token": replace(good, token_ids=[-1, 1]),
+        "huge token": replace(good, token_ids=[1 << 40, 1]),
+        "no token": replace(good, token_ids=[], rows=()),
+        "start": replace(good, start=-1),
+        "too long": replace(good, start=255),
+        "huge start": replace(good, start=1 << 40),
+        "block": replace(good, block_tables=([10**6],)),
+        "missing block": replace(good, block_tables=([-1],)),
+        "short table": replace(good, block_tables=([],)),
+        "no table": replace(good, block_tables=()),
+        "row": replace(good, rows=[LogitsRow(2, row.sampling)]),
+        "negative row": replace(good, rows=[LogitsRow(-1, row.sampling)]),
+        "target": replace(good, rows=[LogitsRow(0, target=VOCAB)]),
+        "logprobs": replace(good, rows=[LogitsRow(0, target=1, num_logprobs=21)]),
+        "bias id": replace(good, rows=[greedy(0, bias_ids=(VOCAB,), bias_values=(1.0,))]),
+        "bias values": replace(good, rows=[greedy(0, bias_ids=(1, 2), bias_values=(1.0,))]),
+        "allowed id": replace(good, rows=[greedy(0, allowed_ids=(-5,))]),
+        "penalty id": replace(good, rows=[greedy(0, penalty_ids=(1 << 33,), penalty_counts=(1,))]),
+        "temperature": replace(good, rows=[LogitsRow(0, RowSampling(temperature=float("nan")))]),
+        "seed": replace(good, rows=[greedy(0, seed=1 << 70)]),
+    }
+
+
+GOOD = PlanEntry(0, [1, 2], 0, ([0],), [LogitsRow(1, RowSampling(temperature=0.0))])
+
+
+@pytest.fixture(scope="module")
+def small_runner() -> CpuRunner:
+    model = MODELS["one head each"]
+    return open_runner(model, MemoryCheckpoint(model), max_num_batched_tokens=64)
+
+
+@pytest.mark.parametrize("case", malformed(GOOD))
+def test_a_malformed_entry_fails_alone(small_runner: CpuRunner, case: str) -> None:
+    neighbour = replace(GOOD, seq_id=1, block_tables=([1],))
+    expected = small_runner.execute(StepPlan([neighbour])).entries[0]
+    bad = malformed(GOOD)[case]
+    first, second = small_runner.execute(StepPlan([bad, neighbour])).entries
+    assert isinstance(first.error, EngineError)
+    assert second == expected
+
+
+def test_too_much_for_one_step_is_an_engine_error(small_runner: CpuRunner) -> None:
+    many = replace(GOOD, token_ids=[1] * 40, block_tables=([0, 1, 2],))
+    with pytest.raises(EngineError, match="64 tokens"):
+        small_runner.execute(StepPlan([many, replace(many, block_tables=([3, 4, 5],))]))
+    with pytest.raises(EngineError):
+        small_runner.execute(StepPlan([replace(GOOD, block_tables=([i],)) for i in range(9)]))
+    assert small_runner.execute(StepPlan([])).entries == ()
+
+
+def test_a_wrong_tensor_is_named() -> None:
+    model = MODELS["biases"]
+    checkpoint = MemoryCheckpoint(model)
+    checkpoint.put("layers.0.attn.k_proj.bias", np.zeros(3, np.float32))
+    with pytest.raises(ModelFileError, match=r"layers\.0\.attn\.k_proj\.bias"):
+        open_runner(model, checkpoint)
+    del checkpoint.stored["layers.0.attn.k_proj.bias"]
+    with pytest.raises(ModelFileError, match=r"layers\.0\.attn\.k_proj\.bias"):
+        open_runner(model, checkpoint)
+    checkpoint = MemoryCheckpoint(model)
+    stored = checkpoint.stored["layers.0.mlp.up_proj.weight"]
+    checkpoint.stored["layers.0.mlp.up_proj.weight"] = replace(stored, raw=stored.raw[:, :-4])
+    with pytest.raises(ModelFileError, match=r"layers\.0\.mlp\.up_proj\.weight"):
+        open_runner(model, checkpoint)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"isa": "sse9"}, {"num_threads": 0}, {"max_num_batched_tokens": 0}, {"kv_cache_memory_bytes": 1000}],
+    ids=str,
+)
+def test_options_that_cannot_work(options: dict[str, Any]) -> None:
+    model = MODELS["grouped"]
+    with pytest.raises(ConfigError):
+        open_runner(model, MemoryCheckpoint(model), **options)
+
+
+def test_the_program_holds_its_weights() -> None:
+    model = MODELS["grouped"]
+    checkpoint = MemoryCheckpoint(model, "Q8_0")
+    runner = open_runner(model, checkpoint)
+    tokens = tokens_of(10)
+    before = run(runner, tokens, [10])
+    outputs = runner.program.outputs
+    del checkpoint
+    for _ in range(20):  # would reuse freed memory
+        open_runner(model, MemoryCheckpoint(model, "Q8_0", seed=9)).close()
+    assert same_bits(run(runner, tokens, [10]), before)
+    runner.close()
+    assert outputs.sum() >= 0  # still readable
