@@ -1,4 +1,4 @@
-"""Small models of every layer kind, random weights in memory, and ways to run them: for test_program and test_runner."""
+"""Small models of every layer kind, random weights in memory, and ways to run them."""
 
 from __future__ import annotations
 
