@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from loopback import Hub, serving
 from tiny_models import TINY_MODELS, write_directory, write_gguf
 
 SETPOINT = [sys.executable, "-m", "setpoint.cli.main"]
@@ -198,3 +200,61 @@ def test_a_narrow_locale_does_not_break_the_output(gguf: Path) -> None:
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert out.isascii()
+
+
+def test_the_hubs_environment_variables_are_honoured(tmp_path: Path) -> None:
+    """HF_ENDPOINT, HF_HOME and HF_TOKEN; then HF_HUB_OFFLINE."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    clean |= {"HF_HOME": str(tmp_path / "home"), "SETPOINT_CACHE_DIR": str(tmp_path)}
+
+    def pull(name: str, **environment: str) -> tuple[int, str, str]:
+        process = start("models", "pull", name, env=clean | environment)
+        out, errors = process.communicate(timeout=60)
+        assert b"Traceback" not in errors
+        return process.returncode, out.decode().strip(), errors.decode()
+
+    repositories = {"org/model": {"a-Q4_0.gguf": b"GGUF content"}}
+    with serving(Hub(repositories, private={"org/model": "hf_secret"})) as hub:
+        assert pull("org/model", HF_ENDPOINT=hub.url)[0] == 3  # without the token
+        code, path, _ = pull("org/model", HF_ENDPOINT=hub.url, HF_TOKEN="hf_secret")
+        assert code == 0
+        assert path.startswith(str(tmp_path / "home"))
+        assert Path(path).read_bytes() == b"GGUF content"
+        hub.asked.clear()
+        offline = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}
+        assert pull("org/model", **offline)[:2] == (0, path)
+        code, _, errors = pull("org/other", **offline)
+        assert code == 3
+        assert "org/other is not in the local cache; HF_HUB_OFFLINE is set" in errors
+        assert hub.asked == []
+
+
+def test_ctrl_c_on_a_terminal_stops_the_answer_and_not_the_chat(gguf: Path) -> None:
+    master, slave = pty.openpty()
+    command = [*SETPOINT, "chat", str(gguf), "--max-tokens", "1900", "--temperature", "0"]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
+    seen = ""
+
+    def read_until(text: str) -> str:
+        """What is shown up to `text` and after what was read before."""
+        nonlocal seen
+        while text not in seen:
+            seen += os.read(master, 4096).decode(errors="replace")
+        before, _, seen = seen.partition(text)
+        return before
+
+    try:
+        read_until("> ")
+        os.write(master, b"hello\n")
+        read_until("hello\r\n")
+        os.read(master, 1)  # the answer has begun
+        process.send_signal(signal.SIGINT)
+        answer = read_until("[stopped]")
+        assert "\x1b" not in answer  # a random model says anything; the terminal sees pictures of it
+        read_until("> ")
+        os.write(master, b"/exit\n")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        os.close(master)

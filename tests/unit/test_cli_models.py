@@ -1,22 +1,18 @@
-"""`setpoint models` and the environment of the hub, against a hub on the loopback interface."""
+"""`setpoint models` against a hub on the loopback interface."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loopback import Hub, Loopback, serving
 
+from loopback import Hub, Loopback, serving
 from setpoint.cli.main import main
 from setpoint.loaders.hub_client import HubClient
 
 Capture = pytest.CaptureFixture[str]
-SOURCE = Path(__file__).parents[2] / "src"
 REPOSITORIES = {"org/model": {"a-Q4_0.gguf": b"GGUF content"}}
 
 
@@ -76,35 +72,3 @@ def test_a_broken_cache_does_not_break_the_list(cache: Path, capsys: Capture) ->
     assert "smollm2-135m" in capsys.readouterr().out
     assert main(["models", "pull", "smollm2-135m"]) == 3
     assert capsys.readouterr().err.splitlines()[-1].startswith("setpoint: cannot store")
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Python with our environment less what the hub's library reads."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return subprocess.run(
-        [sys.executable, "-c", f"from setpoint.cli.main import main\n{code}"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=kept | {"PYTHONPATH": str(SOURCE)} | environment,
-    )
-
-
-def test_the_hubs_environment_variables_are_honoured(hub: Loopback, tmp_path: Path) -> None:
-    """HF_ENDPOINT, HF_HOME and HF_TOKEN; then HF_HUB_OFFLINE with nobody there."""
-    home = {"HF_HOME": str(tmp_path / "home"), "SETPOINT_CACHE_DIR": str(tmp_path)}
-    done = run("print(main(['models', 'pull', 'org/model']))", HF_ENDPOINT=hub.url, HF_TOKEN="hf_secret", **home)
-    path, code = done.stdout.split()
-    assert code == "0"
-    assert path.startswith(str(tmp_path / "home"))
-
-    hub.asked.clear()
-    done = run(
-        "print(main(['models', 'pull', 'org/model'])); print(main(['models', 'pull', 'org/other']))",
-        HF_ENDPOINT=hub.url,
-        HF_HUB_OFFLINE="1",
-        **home,
-    )
-    assert done.stdout.split() == [path, "0", "3"]
-    assert "org/other is not in the local cache; HF_HUB_OFFLINE is set" in done.stderr
-    assert hub.asked == []

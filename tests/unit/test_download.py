@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loopback import Answer, Asked, Loopback, closed_port_url, file_answer, serving
 
+from loopback import Answer, Asked, Loopback, closed_port_url, file_answer, serving
 from setpoint.errors import ModelDownloadError
 from setpoint.loaders import download as download_module
 from setpoint.loaders.download import Progress, download, silent
@@ -84,7 +84,7 @@ def test_a_server_without_ranges_starts_over(web: Loopback, tmp_path: Path) -> N
     assert web.ranges("/file") == [1000]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(0, len(CONTENT)), max_size=4), ranges=st.booleans())
 def test_whatever_is_cut_the_result_is_the_file_or_nothing(tmp_path: Path, cuts: list[int], ranges: bool) -> None:
     target = tmp_path / "file"

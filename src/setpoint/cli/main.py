@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -105,7 +106,7 @@ def _fail(what: str, remedy: str, code: int) -> int:
 
 def _usage(error: Any, name: str) -> tuple[str, str]:
     """What is wrong with the arguments, and the nearest flag or the page that tells."""
-    message = str(error.format_message()).partition(" (Possible options")[0].rstrip(".")
+    message = re.split(r" \(Possible options| Did you mean", str(error.format_message()))[0].rstrip(".")
     near = difflib.get_close_matches(
         getattr(error, "option_name", ""), getattr(error, "possibilities", None) or (), n=1, cutoff=0.0
     )
