@@ -72,7 +72,8 @@ def test_any_instruction_set(tiny: TinyModel, tiny_path: Path, isa: str) -> None
 def test_a_real_model(model: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(model)
     tokens = list(range(100, 700))  # past a split of the attention and past Gemma's window
-    runner = open_runner(path, max_model_len=1024, kv_cache_memory_bytes=256 << 20, max_num_batched_tokens=1024)
+    options = {"max_model_len": 1024, "kv_cache_memory_bytes": 256 << 20, "max_num_batched_tokens": 1024}
+    runner = open_runner(path, **options)
     wanted = len(tokens) - 24
     oracle = plain(runner, tokens, wanted)
     neighbours = [list(range(7, 60)), list(range(900, 1100))]
@@ -80,7 +81,7 @@ def test_a_real_model(model: str, request: pytest.FixtureRequest) -> None:
     chunked = all_logits(runner, walks, seed=4)[0]
     runner.close()
     assert same_bits(chunked, oracle)
-    single = open_runner(path, num_threads=1, max_model_len=1024, kv_cache_memory_bytes=256 << 20, isa="avx2")
+    single = open_runner(path, num_threads=1, isa="avx2", **options)
     alone = all_logits(single, [Walk(tokens, [576, 24], wanted)], seed=5)[0]
     single.close()
     assert same_bits(alone, oracle)
