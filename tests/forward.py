@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from setpoint.runtime.cpu.runner import CpuRunner
 
 from setpoint.engine.plan import LogitsRow, PlanEntry, StepPlan
 from setpoint.loaders.checkpoint import open_checkpoint
 from setpoint.models import build_model
+from setpoint.runtime.cpu.runner import CpuRunner
 
 Logits = NDArray[np.float32]
 

@@ -21,11 +21,10 @@ namespace {
 using Row = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ids = std::vector<int32_t>;
 
-nb::dict kernels_sample(const Row& logits, float temperature, int top_k, float top_p, float min_p, uint64_t seed,
-                        int64_t position, float repetition, float frequency, float presence, const Ids& penalty_ids,
-                        const Ids& penalty_counts, const Ids& bias_ids, const std::vector<float>& bias_values,
-                        const Ids& banned, const std::optional<Ids>& allowed, int target, int num_logprobs,
-                        const std::string& isa) {
+nb::dict kernels_sample(const Row& logits, float temperature, int top_k, float top_p, float min_p, uint64_t seed, int64_t position,
+                        float repetition, float frequency, float presence, const Ids& penalty_ids, const Ids& penalty_counts,
+                        const Ids& bias_ids, const std::vector<float>& bias_values, const Ids& banned, const std::optional<Ids>& allowed,
+                        int target, int num_logprobs, const std::string& isa) {
   if (penalty_ids.size() != penalty_counts.size() || bias_ids.size() != bias_values.size())
     throw std::invalid_argument("ids and their values differ in length");
   std::vector<float> row(logits.data(), logits.data() + logits.size());
@@ -73,14 +72,14 @@ nb::dict kernels_sample(const Row& logits, float temperature, int top_k, float t
 
 void bind_sampling(nb::module_& m) {
   using nb::arg;
-  m.def("kernels_sample", &kernels_sample, arg("logits"), nb::kw_only(), arg("temperature") = 1.f, arg("top_k") = 0,
-        arg("top_p") = 1.f, arg("min_p") = 0.f, arg("seed") = 0, arg("position") = 0, arg("repetition") = 1.f,
-        arg("frequency") = 0.f, arg("presence") = 0.f, arg("penalty_ids") = Ids(), arg("penalty_counts") = Ids(),
-        arg("bias_ids") = Ids(), arg("bias_values") = std::vector<float>(), arg("banned") = Ids(),
-        arg("allowed") = nb::none(), arg("target") = -1, arg("num_logprobs") = -1, arg("isa") = "auto",
+  m.def("kernels_sample", &kernels_sample, arg("logits"), nb::kw_only(), arg("temperature") = 1.f, arg("top_k") = 0, arg("top_p") = 1.f,
+        arg("min_p") = 0.f, arg("seed") = 0, arg("position") = 0, arg("repetition") = 1.f, arg("frequency") = 0.f, arg("presence") = 0.f,
+        arg("penalty_ids") = Ids(), arg("penalty_counts") = Ids(), arg("bias_ids") = Ids(), arg("bias_values") = std::vector<float>(),
+        arg("banned") = Ids(), arg("allowed") = nb::none(), arg("target") = -1, arg("num_logprobs") = -1, arg("isa") = "auto",
         "Chooses a token from one row of float32 logits (left unchanged); fields as in csrc/kernels/sample.h.");
-  m.def("random_uniform", [](uint64_t seed, int64_t position) { return random_uniform(seed, position); }, arg("seed"),
-        arg("position"), "The uniform number in [0, 1) that a draw at (seed, position) uses.");
+  m.def(
+      "random_uniform", [](uint64_t seed, int64_t position) { return random_uniform(seed, position); }, arg("seed"), arg("position"),
+      "The uniform number in [0, 1) that a draw at (seed, position) uses.");
 }
 
 }  // namespace setpoint

@@ -11,9 +11,7 @@ namespace setpoint {
 
 namespace {
 
-bool set_affinity(const cpu_set_t &cpus) {
-  return pthread_setaffinity_np(pthread_self(), sizeof cpus, &cpus) == 0;
-}
+bool set_affinity(const cpu_set_t& cpus) { return pthread_setaffinity_np(pthread_self(), sizeof cpus, &cpus) == 0; }
 
 cpu_set_t only(int cpu) {
   cpu_set_t cpus;
@@ -22,16 +20,14 @@ cpu_set_t only(int cpu) {
   return cpus;
 }
 
-} // namespace
+}  // namespace
 
 std::vector<int> allowed_cpus() {
   cpu_set_t allowed;
   std::vector<int> cpus;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0)
-    return cpus;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return cpus;
   for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
-    if (CPU_ISSET(cpu, &allowed))
-      cpus.push_back(cpu);
+    if (CPU_ISSET(cpu, &allowed)) cpus.push_back(cpu);
   return cpus;
 }
 
@@ -39,16 +35,13 @@ void pin_thread(int cpu) { set_affinity(only(cpu)); }
 
 ScopedPin::ScopedPin(int cpu) {
   static_assert(sizeof(cpu_set_t) <= sizeof saved_);
-  if (cpu < 0)
-    return;
-  auto *saved = reinterpret_cast<cpu_set_t *>(saved_);
-  pinned_ = pthread_getaffinity_np(pthread_self(), sizeof *saved, saved) == 0 &&
-            set_affinity(only(cpu));
+  if (cpu < 0) return;
+  auto* saved = reinterpret_cast<cpu_set_t*>(saved_);
+  pinned_ = pthread_getaffinity_np(pthread_self(), sizeof *saved, saved) == 0 && set_affinity(only(cpu));
 }
 
 ScopedPin::~ScopedPin() {
-  if (pinned_)
-    set_affinity(*reinterpret_cast<const cpu_set_t *>(saved_));
+  if (pinned_) set_affinity(*reinterpret_cast<const cpu_set_t*>(saved_));
 }
 
 #else
@@ -60,4 +53,4 @@ ScopedPin::~ScopedPin() = default;
 
 #endif
 
-} // namespace setpoint
+}  // namespace setpoint

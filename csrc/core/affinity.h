@@ -14,15 +14,15 @@ void pin_thread(int cpu);
 // Keeps the calling thread on one CPU for a while, then gives it back the CPUs
 // it had. cpu -1 = leave it alone.
 class ScopedPin {
-public:
+ public:
   explicit ScopedPin(int cpu);
   ~ScopedPin();
-  ScopedPin(const ScopedPin &) = delete;
-  ScopedPin &operator=(const ScopedPin &) = delete;
+  ScopedPin(const ScopedPin&) = delete;
+  ScopedPin& operator=(const ScopedPin&) = delete;
 
-private:
+ private:
   bool pinned_ = false;
-  alignas(8) unsigned char saved_[128] = {}; // a cpu_set_t
+  alignas(8) unsigned char saved_[128] = {};  // a cpu_set_t
 };
 
-} // namespace setpoint
+}  // namespace setpoint

@@ -12,39 +12,30 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kPage = 4096;
 
-size_t round_up(size_t value, size_t unit) {
-  return (value + unit - 1) / unit * unit;
-}
+size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
-} // namespace
+}  // namespace
 
-void *map_memory(size_t bytes) {
+void* map_memory(size_t bytes) {
   const bool huge = bytes >= kHugePage;
   const size_t mapped = round_up(bytes, kPage);
   // A mapping is only page aligned: ask for one huge page more and give back
   // what lies outside the aligned part.
   const size_t asked = huge ? mapped + kHugePage : mapped;
-  void *raw = mmap(nullptr, asked, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (raw == MAP_FAILED)
-    throw std::bad_alloc();
-  if (!huge)
-    return raw;
+  void* raw = mmap(nullptr, asked, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (raw == MAP_FAILED) throw std::bad_alloc();
+  if (!huge) return raw;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(raw);
   const uintptr_t aligned = round_up(begin, kHugePage);
-  if (aligned > begin)
-    munmap(raw, aligned - begin);
-  if (const size_t tail = begin + asked - (aligned + mapped); tail > 0)
-    munmap(reinterpret_cast<void *>(aligned + mapped), tail);
+  if (aligned > begin) munmap(raw, aligned - begin);
+  if (const size_t tail = begin + asked - (aligned + mapped); tail > 0) munmap(reinterpret_cast<void*>(aligned + mapped), tail);
 #if defined(MADV_HUGEPAGE)
-  madvise(reinterpret_cast<void *>(aligned), mapped,
-          MADV_HUGEPAGE); // only advice: no harm where it is refused
+  madvise(reinterpret_cast<void*>(aligned), mapped,
+          MADV_HUGEPAGE);  // only advice: no harm where it is refused
 #endif
-  return reinterpret_cast<void *>(aligned);
+  return reinterpret_cast<void*>(aligned);
 }
 
-void unmap_memory(void *address, size_t bytes) noexcept {
-  munmap(address, round_up(bytes, kPage));
-}
+void unmap_memory(void* address, size_t bytes) noexcept { munmap(address, round_up(bytes, kPage)); }
 
-} // namespace setpoint
+}  // namespace setpoint

@@ -10,45 +10,38 @@ namespace setpoint {
 // At least `bytes` of zeroed memory, aligned to 4 KiB, or to 2 MiB (with huge
 // pages advised) from 2 MiB on. Pages are committed when first touched. Throws
 // std::bad_alloc.
-void *map_memory(size_t bytes);
-void unmap_memory(void *address, size_t bytes) noexcept;
+void* map_memory(size_t bytes);
+void unmap_memory(void* address, size_t bytes) noexcept;
 
 // An owned array of plain values, zero-initialized and never resized.
-template <class T> class MappedArray {
-public:
+template <class T>
+class MappedArray {
+ public:
   MappedArray() = default;
-  explicit MappedArray(size_t size)
-      : values_(size == 0 ? nullptr
-                          : static_cast<T *>(map_memory(bytes_of(size)))),
-        size_(size) {}
-  MappedArray(MappedArray &&other) noexcept
-      : values_(std::exchange(other.values_, nullptr)),
-        size_(std::exchange(other.size_, 0)) {}
-  MappedArray &operator=(MappedArray &&other) noexcept {
+  explicit MappedArray(size_t size) : values_(size == 0 ? nullptr : static_cast<T*>(map_memory(bytes_of(size)))), size_(size) {}
+  MappedArray(MappedArray&& other) noexcept : values_(std::exchange(other.values_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  MappedArray& operator=(MappedArray&& other) noexcept {
     std::swap(values_, other.values_);
     std::swap(size_, other.size_);
     return *this;
   }
   ~MappedArray() {
-    if (values_ != nullptr)
-      unmap_memory(values_, size_ * sizeof(T));
+    if (values_ != nullptr) unmap_memory(values_, size_ * sizeof(T));
   }
 
-  T *data() { return values_; }
-  const T *data() const { return values_; }
+  T* data() { return values_; }
+  const T* data() const { return values_; }
   size_t size() const { return size_; }
-  T &operator[](size_t i) { return values_[i]; }
-  const T &operator[](size_t i) const { return values_[i]; }
+  T& operator[](size_t i) { return values_[i]; }
+  const T& operator[](size_t i) const { return values_[i]; }
 
-private:
+ private:
   // A product that overflows asks for more than any machine has, and map_memory
   // refuses it.
-  static size_t bytes_of(size_t size) {
-    return size > SIZE_MAX / 2 / sizeof(T) ? SIZE_MAX / 2 : size * sizeof(T);
-  }
+  static size_t bytes_of(size_t size) { return size > SIZE_MAX / 2 / sizeof(T) ? SIZE_MAX / 2 : size * sizeof(T); }
 
-  T *values_ = nullptr;
+  T* values_ = nullptr;
   size_t size_ = 0;
 };
 
-} // namespace setpoint
+}  // namespace setpoint

@@ -27,90 +27,75 @@ void pause_cpu() {
 // The first `num_threads` CPUs, or none when there are not as many.
 std::vector<int> cpus_for(int num_threads) {
   std::vector<int> cpus = allowed_cpus();
-  cpus.resize(static_cast<size_t>(num_threads) <= cpus.size()
-                  ? static_cast<size_t>(num_threads)
-                  : 0);
+  cpus.resize(static_cast<size_t>(num_threads) <= cpus.size() ? static_cast<size_t>(num_threads) : 0);
   return cpus;
 }
 
 int checked(int num_threads) {
-  if (num_threads < 1 || num_threads > 1024)
-    throw std::invalid_argument("num_threads must lie in [1, 1024]");
+  if (num_threads < 1 || num_threads > 1024) throw std::invalid_argument("num_threads must lie in [1, 1024]");
   return num_threads;
 }
 
-} // namespace
+}  // namespace
 
-ThreadPool::ThreadPool(int num_threads)
-    : num_threads_(checked(num_threads)), cpus_(cpus_for(num_threads)) {}
+ThreadPool::ThreadPool(int num_threads) : num_threads_(checked(num_threads)), cpus_(cpus_for(num_threads)) {}
 
 ThreadPool::~ThreadPool() {
   stopping_ = true;
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
-  for (std::thread &worker : workers_)
-    worker.join();
+  for (std::thread& worker : workers_) worker.join();
 }
 
-void ThreadPool::wait_while(std::atomic<int> &word, int value) {
+void ThreadPool::wait_while(std::atomic<int>& word, int value) {
   if (!cpus_.empty()) {
     const auto deadline = std::chrono::steady_clock::now() + kSpin;
     do {
       for (int i = 0; i < 64; ++i) {
-        if (word.load(std::memory_order_acquire) != value)
-          return;
+        if (word.load(std::memory_order_acquire) != value) return;
         pause_cpu();
       }
     } while (std::chrono::steady_clock::now() < deadline);
   }
-  while (word.load(std::memory_order_acquire) == value)
-    word.wait(value, std::memory_order_acquire);
+  while (word.load(std::memory_order_acquire) == value) word.wait(value, std::memory_order_acquire);
 }
 
 void ThreadPool::start_workers() {
   workers_.reserve(static_cast<size_t>(num_threads_ - 1));
-  for (int thread = static_cast<int>(workers_.size()) + 1;
-       thread < num_threads_; ++thread)
+  for (int thread = static_cast<int>(workers_.size()) + 1; thread < num_threads_; ++thread)
     workers_.emplace_back([this, thread] { work(thread); });
 }
 
 void ThreadPool::work(int thread) {
-  if (!cpus_.empty())
-    pin_thread(cpus_[static_cast<size_t>(thread)]);
-  int seen =
-      0; // workers start before the first run, while generation_ is still 0
+  if (!cpus_.empty()) pin_thread(cpus_[static_cast<size_t>(thread)]);
+  int seen = 0;  // workers start before the first run, while generation_ is still 0
   for (;;) {
     wait_while(generation_, seen);
     seen = generation_.load(std::memory_order_acquire);
-    if (stopping_)
-      return;
+    if (stopping_) return;
     call(thread);
-    if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1)
-      busy_.notify_one();
+    if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
   }
 }
 
 void ThreadPool::call(int thread) noexcept {
   try {
     task_(context_, thread);
-  } catch (const Broken &) {
+  } catch (const Broken&) {
     // The thread that failed has stored its exception.
   } catch (...) {
     {
       const std::lock_guard lock(failure_mutex_);
-      if (!failure_)
-        failure_ = std::current_exception();
+      if (!failure_) failure_ = std::current_exception();
     }
     failed_.store(true, std::memory_order_release);
-    phase_.fetch_add(
-        1, std::memory_order_release); // frees whoever waits at a barrier
+    phase_.fetch_add(1, std::memory_order_release);  // frees whoever waits at a barrier
     phase_.notify_all();
   }
 }
 
-void ThreadPool::run_task(Task task, void *context) {
-  if (static_cast<int>(workers_.size()) + 1 < num_threads_)
-    start_workers();
+void ThreadPool::run_task(Task task, void* context) {
+  if (static_cast<int>(workers_.size()) + 1 < num_threads_) start_workers();
   const ScopedPin pin(cpus_.empty() || num_threads_ == 1 ? -1 : cpus_[0]);
   task_ = task;
   context_ = context;
@@ -118,9 +103,7 @@ void ThreadPool::run_task(Task task, void *context) {
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
   call(0);
-  for (int left = busy_.load(std::memory_order_acquire); left != 0;
-       left = busy_.load(std::memory_order_acquire))
-    wait_while(busy_, left);
+  for (int left = busy_.load(std::memory_order_acquire); left != 0; left = busy_.load(std::memory_order_acquire)) wait_while(busy_, left);
   if (failed_.load(std::memory_order_acquire)) {
     failed_.store(false, std::memory_order_relaxed);
     arrived_.store(0, std::memory_order_relaxed);
@@ -129,11 +112,9 @@ void ThreadPool::run_task(Task task, void *context) {
 }
 
 void ThreadPool::barrier() {
-  if (num_threads_ == 1)
-    return;
+  if (num_threads_ == 1) return;
   const int phase = phase_.load(std::memory_order_acquire);
-  if (failed_.load(std::memory_order_acquire))
-    throw Broken();
+  if (failed_.load(std::memory_order_acquire)) throw Broken();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
     phase_.fetch_add(1, std::memory_order_release);
@@ -141,8 +122,7 @@ void ThreadPool::barrier() {
   } else {
     wait_while(phase_, phase);
   }
-  if (failed_.load(std::memory_order_acquire))
-    throw Broken();
+  if (failed_.load(std::memory_order_acquire)) throw Broken();
 }
 
-} // namespace setpoint
+}  // namespace setpoint

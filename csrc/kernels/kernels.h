@@ -40,9 +40,9 @@ struct PackedWeight {
 
 // Activations quantized per (row, 32 inputs): code = rne(x / scale), scale = absmax / 127, sums per 16 inputs.
 struct QuantizedRows {
-  const int8_t* codes = nullptr;   // [rows][k]
-  const float* scales = nullptr;   // [rows][k/32]
-  const int32_t* sums = nullptr;   // [rows][k/16]
+  const int8_t* codes = nullptr;  // [rows][k]
+  const float* scales = nullptr;  // [rows][k/32]
+  const int32_t* sums = nullptr;  // [rows][k/16]
 };
 
 // y[row][channel] for rows [row_begin, row_end) and panels [panel_begin, panel_end).
@@ -53,15 +53,15 @@ struct QuantizedRows {
 // Float weights: blocks of 64 inputs, each summed by fma ascending from 0 and added to y in ascending order.
 struct MatmulArgs {
   const PackedWeight* weight = nullptr;
-  const float* x = nullptr;        // float weights: [rows][x_stride]
+  const float* x = nullptr;  // float weights: [rows][x_stride]
   size_t x_stride = 0;
-  QuantizedRows q;                 // quantized weights
+  QuantizedRows q;  // quantized weights
   int row_begin = 0, row_end = 0;
   int panel_begin = 0, panel_end = 0;
-  float* out = nullptr;            // [rows][out_stride], indexed by absolute row
+  float* out = nullptr;  // [rows][out_stride], indexed by absolute row
   size_t out_stride = 0;
-  const float* bias = nullptr;     // [n] or null
-  bool accumulate = false;         // out += result (residual)
+  const float* bias = nullptr;  // [n] or null
+  bool accumulate = false;      // out += result (residual)
 };
 
 // ------------------------------------------------------------------------------------------------ paged KV cache
@@ -107,30 +107,31 @@ struct AttentionArgs {
   int position = 0;  // of row 0
   int rows = 0;
   int kv_head = 0;
-  int group = 1;     // q heads per kv head
+  int group = 1;  // q heads per kv head
   float scale = 1.f;
-  int window = 0;    // 0 = unlimited
+  int window = 0;            // 0 = unlimited
   const float* q = nullptr;  // [rows][q_stride], q head h at h * head_dim
   size_t q_stride = 0;
-  float* out = nullptr;      // [rows][out_stride]
+  float* out = nullptr;  // [rows][out_stride]
   size_t out_stride = 0;
   int split_begin = 0, split_end = 0;  // absolute split indices to visit
-  float* partial = nullptr;  // [rows][group][split_end - split_begin][head_dim + 2] or null
-  int partial_splits = 0;    // splits per (row, head) of the whole partial buffer, when this call fills only some; 0: its own
-  float* scratch = nullptr;  // attention_scratch_floats(...) floats, per thread
+  float* partial = nullptr;            // [rows][group][split_end - split_begin][head_dim + 2] or null
+  int partial_splits = 0;              // splits per (row, head) of the whole partial buffer, when this call fills only some; 0: its own
+  float* scratch = nullptr;            // attention_scratch_floats(...) floats, per thread
 };
 
 // ------------------------------------------------------------------------------------------------------- the table
 struct KernelTable {
   const char* isa = "ref";
   // matmul
-  void (*matmul_u4)(const MatmulArgs&) = nullptr;     // any group/affine/scale type of u4
+  void (*matmul_u4)(const MatmulArgs&) = nullptr;  // any group/affine/scale type of u4
   void (*matmul_u8)(const MatmulArgs&) = nullptr;
   void (*matmul_float)(const MatmulArgs&) = nullptr;  // f32, f16, bf16 weights
   void (*quantize_rows)(const float* x, size_t x_stride, int rows, int k, int8_t* codes, float* scales, int32_t* sums) = nullptr;
   // row ops; `rows` rows of n floats with the given strides. In-place (out == x) is allowed.
   // rms_norm: 64 partial sums (lane i takes elements i, i+64, ...), added by a fixed tree; then x * (1/sqrt) * w.
-  void (*rms_norm)(const float* x, size_t x_stride, const float* weight, float eps, int rows, int n, float* out, size_t out_stride) = nullptr;
+  void (*rms_norm)(const float* x, size_t x_stride, const float* weight, float eps, int rows, int n, float* out,
+                   size_t out_stride) = nullptr;
   // rope: heads of head_dim in each row, the first 2*half coordinates rotated: (x[i], x[i+half]);
   // cos/sin: [rows][half], already gathered for the rows' positions.
   void (*rope)(float* x, size_t x_stride, int rows, int heads, int head_dim, int half, const float* cos, const float* sin) = nullptr;

@@ -25,8 +25,8 @@ inline Philox4 philox4x32(Philox4 counter, uint32_t key0, uint32_t key1) {
 // Uniform in [0, 1), 53 bits. Key = seed; counter = (position low, position high, stream, 0).
 inline double random_uniform(uint64_t seed, int64_t position, uint32_t stream = 0) {
   const uint64_t p = static_cast<uint64_t>(position);
-  const Philox4 r = philox4x32({{static_cast<uint32_t>(p), static_cast<uint32_t>(p >> 32), stream, 0u}},
-                               static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  const Philox4 r = philox4x32({{static_cast<uint32_t>(p), static_cast<uint32_t>(p >> 32), stream, 0u}}, static_cast<uint32_t>(seed),
+                               static_cast<uint32_t>(seed >> 32));
   const uint64_t bits = uint64_t{r.word[0]} << 32 | r.word[1];
   return static_cast<double>(bits >> 11) * 0x1p-53;
 }

@@ -26,7 +26,7 @@ struct SampleArgs {
   float top_p = 1.f;        // smallest set whose mass reaches top_p, at least one token
   float min_p = 0.f;        // keeps tokens with p >= min_p * p_max
   uint64_t seed = 0;
-  int64_t position = 0;     // the draw depends on (seed, position) and the distribution alone
+  int64_t position = 0;  // the draw depends on (seed, position) and the distribution alone
   float repetition = 1.f, frequency = 0.f, presence = 0.f;
   const int32_t* penalty_ids = nullptr;     // repetition applies to all,
   const int32_t* penalty_counts = nullptr;  // frequency and presence where count > 0

@@ -45,7 +45,7 @@ struct Vector {
 template <int W>
 inline typename Vector<W>::Float exp_negative(typename Vector<W>::Float y) {
   using Float = typename Vector<W>::Float;
-  using Bits = typename Vector<W>::Bits;  // wraps where y is far below -87, in lanes that are dropped
+  using Bits = typename Vector<W>::Bits;               // wraps where y is far below -87, in lanes that are dropped
   const Float shifted = y * 1.44269504f + 12582912.f;  // 1.5 * 2^23: rounds to an integer held in the low bits
   const Float n = shifted - 12582912.f;
   const Float r = (y - n * 0.693359375f) - n * -2.12194440e-4f;

@@ -17,90 +17,83 @@ struct RowRecord {
   uint64_t seed;
   int64_t position;
   float temperature, top_p, min_p, repetition, frequency, presence;
-  int32_t token; // index into StepInputs::tokens
+  int32_t token;  // index into StepInputs::tokens
   int32_t top_k, target, num_logprobs;
-  int32_t penalty_begin, penalty_end, bias_begin, bias_end, banned_begin,
-      banned_end, allowed_begin, allowed_end;
+  int32_t penalty_begin, penalty_end, bias_begin, bias_end, banned_begin, banned_end, allowed_begin, allowed_end;
 };
 static_assert(sizeof(RowRecord) == 88);
 
 struct BlockTables {
-  const int32_t *ids = nullptr; // [entries][width]: logical block -> block id,
-                                // -1 where there is none
+  const int32_t* ids = nullptr;  // [entries][width]: logical block -> block id,
+                                 // -1 where there is none
   int width = 0;
 };
 
 struct StepInputs {
   std::span<const int32_t> tokens;
-  std::span<const int32_t> entry_starts; // [entries + 1] into tokens
-  std::span<const int32_t>
-      entry_positions; // [entries] position of an entry's first token
-  std::span<const BlockTables> tables; // per KV group
+  std::span<const int32_t> entry_starts;     // [entries + 1] into tokens
+  std::span<const int32_t> entry_positions;  // [entries] position of an entry's first token
+  std::span<const BlockTables> tables;       // per KV group
   std::span<const RowRecord> rows;
-  std::span<const int32_t> penalty_ids, penalty_counts, bias_ids, banned,
-      allowed;
+  std::span<const int32_t> penalty_ids, penalty_counts, bias_ids, banned, allowed;
   std::span<const float> bias_values;
-  float *logits = nullptr; // [rows][vocab] or null: a copy of the raw logits
+  float* logits = nullptr;  // [rows][vocab] or null: a copy of the raw logits
 };
 
 struct Limits {
   int vocab = 0;
-  int max_tokens = 0; // of a step
+  int max_tokens = 0;  // of a step
   int max_entries = 0;
   int max_rows = 0;
   int max_model_len = 0;
 };
 
 class Batch {
-public:
+ public:
   struct Entry {
-    int begin = 0, end = 0; // rows of the step
-    int position = 0;       // of row `begin`
+    int begin = 0, end = 0;  // rows of the step
+    int position = 0;        // of row `begin`
   };
-  struct Tile { // up to kAttentionTileRows consecutive rows of one entry
+  struct Tile {  // up to kAttentionTileRows consecutive rows of one entry
     int entry = 0;
     int begin = 0, rows = 0;
     int position = 0;
   };
 
-  Batch(const Limits &limits, const std::vector<KvGroup> &groups);
+  Batch(const Limits& limits, const std::vector<KvGroup>& groups);
 
   // Checks every number that ops will use as an index, then takes the step
   // over. `inputs` must outlive the step. Throws std::invalid_argument naming
   // the entry or row, and leaves the batch unusable until the next load.
-  void load(const StepInputs &inputs);
+  void load(const StepInputs& inputs);
 
-  const StepInputs &inputs() const { return *inputs_; }
+  const StepInputs& inputs() const { return *inputs_; }
   int num_tokens() const { return static_cast<int>(inputs_->tokens.size()); }
   int num_rows() const { return static_cast<int>(inputs_->rows.size()); }
-  std::span<const Entry> entries() const {
-    return {entries_.data(), entries_.size()};
-  }
+  std::span<const Entry> entries() const { return {entries_.data(), entries_.size()}; }
   std::span<const Tile> tiles() const { return {tiles_.data(), tiles_.size()}; }
   int last_position() const { return last_position_; }
   int entry_of(int row) const { return entry_of_[static_cast<size_t>(row)]; }
-  int position_of(int row) const {
-    return positions_[static_cast<size_t>(row)];
-  }
+  int position_of(int row) const { return positions_[static_cast<size_t>(row)]; }
   // Logical block -> block id. Blocks that no query sees are 0, and the table
   // is readable to the end of the last 64-token attention block: a kernel may
   // load a page whose tokens are all masked.
-  const int32_t *block_table(int group, int entry) const;
+  const int32_t* block_table(int group, int entry) const;
 
-private:
-  void load_entries(const StepInputs &inputs);
-  void load_tables(const StepInputs &inputs);
-  void check_rows(const StepInputs &inputs) const;
+ private:
+  void load_entries(const StepInputs& inputs);
+  void load_tables(const StepInputs& inputs);
+  void check_rows(const StepInputs& inputs) const;
 
   const Limits limits_;
   const std::vector<KvGroup> groups_;
   const int table_width_;
-  const StepInputs *inputs_ = nullptr;
+  const StepInputs* inputs_ = nullptr;
   std::vector<Entry> entries_;
   std::vector<Tile> tiles_;
   int last_position_ = 0;
-  MappedArray<int32_t> entry_of_, positions_; // [max_tokens]
-  MappedArray<int32_t> tables_; // [groups][max_entries][table_width]
+  MappedArray<int32_t> entry_of_, positions_;  // [max_tokens]
+  MappedArray<int32_t> tables_;                // [groups][max_entries][table_width]
 };
 
-} // namespace setpoint
+}  // namespace setpoint

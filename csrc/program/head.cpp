@@ -9,79 +9,61 @@ namespace {
 
 constexpr size_t kLogitsBytes = size_t{32} << 20;
 
-bool is_quantized(const PackedWeight &weight) {
-  return weight.codes == Codes::u4 || weight.codes == Codes::u8;
+bool is_quantized(const PackedWeight& weight) { return weight.codes == Codes::u4 || weight.codes == Codes::u8; }
+
+int rows_of_a_chunk(const Limits& limits) {
+  const size_t fit = kLogitsBytes / sizeof(float) / static_cast<size_t>(limits.vocab);
+  return std::min(limits.max_rows, static_cast<int>(std::clamp<size_t>(fit, 8, 64)));
 }
 
-int rows_of_a_chunk(const Limits &limits) {
-  const size_t fit =
-      kLogitsBytes / sizeof(float) / static_cast<size_t>(limits.vocab);
-  return std::min(limits.max_rows,
-                  static_cast<int>(std::clamp<size_t>(fit, 8, 64)));
-}
+}  // namespace
 
-} // namespace
-
-HeadStage::HeadStage(int in, bool selected, Norm norm, PackedWeight weight,
-                     const Limits &limits, int threads, const char *isa)
-    : in_(in), selected_(selected), norm_(std::move(norm)), weight_(weight),
-      chunk_rows_(rows_of_a_chunk(limits)), hidden_(chunk_rows_, weight.k),
+HeadStage::HeadStage(int in, bool selected, Norm norm, PackedWeight weight, const Limits& limits, int threads, const char* isa)
+    : in_(in),
+      selected_(selected),
+      norm_(std::move(norm)),
+      weight_(weight),
+      chunk_rows_(rows_of_a_chunk(limits)),
+      hidden_(chunk_rows_, weight.k),
       logits_(chunk_rows_, weight.n),
       outputs_(static_cast<size_t>(limits.max_rows)),
-      schedules_(static_cast<size_t>((limits.max_rows + chunk_rows_ - 1) /
-                                     chunk_rows_)) {
-  if (weight.n != limits.vocab ||
-      static_cast<size_t>(weight.k) != norm_.weight.size())
+      schedules_(static_cast<size_t>((limits.max_rows + chunk_rows_ - 1) / chunk_rows_)) {
+  if (weight.n != limits.vocab || static_cast<size_t>(weight.k) != norm_.weight.size())
     throw std::invalid_argument("the head's weight must be [vocab, hidden]");
-  if (is_quantized(weight))
-    quantized_ = QuantizedActivations(chunk_rows_, weight.k);
+  if (is_quantized(weight)) quantized_ = QuantizedActivations(chunk_rows_, weight.k);
   scratch_.reserve(static_cast<size_t>(threads));
-  for (int thread = 0; thread < threads; ++thread)
-    scratch_.emplace_back(limits.vocab, isa);
+  for (int thread = 0; thread < threads; ++thread) scratch_.emplace_back(limits.vocab, isa);
 }
 
-int HeadStage::chunk_end(const Step &step, int chunk) const {
-  return std::min(step.batch.num_rows(), (chunk + 1) * chunk_rows_);
-}
+int HeadStage::chunk_end(const Step& step, int chunk) const { return std::min(step.batch.num_rows(), (chunk + 1) * chunk_rows_); }
 
-void HeadStage::prepare(const Step &step) {
+void HeadStage::prepare(const Step& step) {
   for (int chunk = 0; chunk * chunk_rows_ < step.batch.num_rows(); ++chunk)
-    schedules_[static_cast<size_t>(chunk)].reset(
-        chunk_end(step, chunk) - chunk * chunk_rows_, weight_.panels(),
-        step.pool.size());
+    schedules_[static_cast<size_t>(chunk)].reset(chunk_end(step, chunk) - chunk * chunk_rows_, weight_.panels(), step.pool.size());
 }
 
-void HeadStage::run(const Step &step, int thread) {
+void HeadStage::run(const Step& step, int thread) {
   for (int chunk = 0; chunk * chunk_rows_ < step.batch.num_rows(); ++chunk) {
     gather(step, chunk, thread);
     step.pool.barrier();
     multiply(step, chunk, thread);
     step.pool.barrier();
-    for (int row = chunk * chunk_rows_ + thread; row < chunk_end(step, chunk);
-         row += step.pool.size())
-      sample(step, row, thread);
-    if (chunk_end(step, chunk) < step.batch.num_rows())
-      step.pool.barrier(); // the next chunk reuses the buffers
+    for (int row = chunk * chunk_rows_ + thread; row < chunk_end(step, chunk); row += step.pool.size()) sample(step, row, thread);
+    if (chunk_end(step, chunk) < step.batch.num_rows()) step.pool.barrier();  // the next chunk reuses the buffers
   }
 }
 
-void HeadStage::gather(const Step &step, int chunk, int thread) {
-  FloatRows &in = step.work.slots[static_cast<size_t>(in_)];
-  for (int row = chunk * chunk_rows_ + thread; row < chunk_end(step, chunk);
-       row += step.pool.size()) {
+void HeadStage::gather(const Step& step, int chunk, int thread) {
+  FloatRows& in = step.work.slots[static_cast<size_t>(in_)];
+  for (int row = chunk * chunk_rows_ + thread; row < chunk_end(step, chunk); row += step.pool.size()) {
     const int local = row - chunk * chunk_rows_;
-    const float *x = in.row(
-        selected_ ? row
-                  : step.batch.inputs().rows[static_cast<size_t>(row)].token);
-    step.kernels.rms_norm(x, in.stride, norm_.weight.data(), norm_.eps, 1,
-                          hidden_.width, hidden_.row(local), hidden_.stride);
-    if (is_quantized(weight_))
-      quantized_.quantize(step.kernels, hidden_.row(local), hidden_.stride,
-                          local, 1, weight_.k);
+    const float* x = in.row(selected_ ? row : step.batch.inputs().rows[static_cast<size_t>(row)].token);
+    step.kernels.rms_norm(x, in.stride, norm_.weight.data(), norm_.eps, 1, hidden_.width, hidden_.row(local), hidden_.stride);
+    if (is_quantized(weight_)) quantized_.quantize(step.kernels, hidden_.row(local), hidden_.stride, local, 1, weight_.k);
   }
 }
 
-void HeadStage::multiply(const Step &step, int chunk, int thread) {
+void HeadStage::multiply(const Step& step, int chunk, int thread) {
   MatmulArgs args;
   args.weight = &weight_;
   args.x = hidden_.values.data();
@@ -89,24 +71,20 @@ void HeadStage::multiply(const Step &step, int chunk, int thread) {
   args.q = quantized_.view();
   args.out = logits_.values.data();
   args.out_stride = logits_.stride;
-  schedules_[static_cast<size_t>(chunk)].run(
-      thread, [&](int row_begin, int row_end, int panel_begin, int panel_end) {
-        args.row_begin = row_begin;
-        args.row_end = row_end;
-        args.panel_begin = panel_begin;
-        args.panel_end = panel_end;
-        run_matmul(step.kernels, args);
-      });
+  schedules_[static_cast<size_t>(chunk)].run(thread, [&](int row_begin, int row_end, int panel_begin, int panel_end) {
+    args.row_begin = row_begin;
+    args.row_end = row_end;
+    args.panel_begin = panel_begin;
+    args.panel_end = panel_end;
+    run_matmul(step.kernels, args);
+  });
 }
 
-void HeadStage::sample(const Step &step, int row, int thread) {
-  const StepInputs &inputs = step.batch.inputs();
-  const RowRecord &record = inputs.rows[static_cast<size_t>(row)];
-  float *logits = logits_.row(row % chunk_rows_);
-  if (inputs.logits != nullptr)
-    std::copy_n(logits, weight_.n,
-                inputs.logits +
-                    static_cast<size_t>(row) * static_cast<size_t>(weight_.n));
+void HeadStage::sample(const Step& step, int row, int thread) {
+  const StepInputs& inputs = step.batch.inputs();
+  const RowRecord& record = inputs.rows[static_cast<size_t>(row)];
+  float* logits = logits_.row(row % chunk_rows_);
+  if (inputs.logits != nullptr) std::copy_n(logits, weight_.n, inputs.logits + static_cast<size_t>(row) * static_cast<size_t>(weight_.n));
   SampleArgs args;
   args.logits = logits;
   args.vocab = weight_.n;
@@ -128,13 +106,12 @@ void HeadStage::sample(const Step &step, int row, int thread) {
   args.banned = inputs.banned.data() + record.banned_begin;
   args.num_banned = record.banned_end - record.banned_begin;
   args.allowed = inputs.allowed.data() + record.allowed_begin;
-  args.num_allowed =
-      record.allowed_end == -1 ? -1 : record.allowed_end - record.allowed_begin;
+  args.num_allowed = record.allowed_end == -1 ? -1 : record.allowed_end - record.allowed_begin;
   args.target = record.target;
   args.num_logprobs = record.num_logprobs;
   SampleResult result;
   sample_row(args, scratch_[static_cast<size_t>(thread)], result);
-  RowOutput &output = outputs_[static_cast<size_t>(row)];
+  RowOutput& output = outputs_[static_cast<size_t>(row)];
   output.token = result.token;
   output.logprob = result.logprob;
   output.rank = result.rank;
@@ -144,4 +121,4 @@ void HeadStage::sample(const Step &step, int row, int thread) {
   std::copy_n(result.top_logprobs, kMaxLogprobs, output.top_logprobs);
 }
 
-} // namespace setpoint
+}  // namespace setpoint

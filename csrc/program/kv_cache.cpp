@@ -4,27 +4,19 @@
 
 namespace setpoint {
 
-size_t kv_element_bytes(KvFormat format) {
-  return format == KvFormat::f32 ? 4 : 2;
-}
+size_t kv_element_bytes(KvFormat format) { return format == KvFormat::f32 ? 4 : 2; }
 
 int KvCache::add_group(int num_blocks, int window) {
-  if (num_blocks < 1 || window < 0)
-    throw std::invalid_argument(
-        "a KV group needs at least one block and a window >= 0");
+  if (num_blocks < 1 || window < 0) throw std::invalid_argument("a KV group needs at least one block and a window >= 0");
   groups_.push_back({num_blocks, window});
   return static_cast<int>(groups_.size()) - 1;
 }
 
 int KvCache::add_layer(int group, int kv_heads, int head_dim) {
-  if (group < 0 || static_cast<size_t>(group) >= groups_.size())
-    throw std::invalid_argument("no such KV group");
-  if (kv_heads < 1 || head_dim < 1 || kv_heads > 65536 || head_dim > 65536)
-    throw std::invalid_argument("bad KV layer shape");
-  const size_t elements =
-      static_cast<size_t>(groups_[static_cast<size_t>(group)].num_blocks) *
-      static_cast<size_t>(kv_heads) * static_cast<size_t>(head_dim) *
-      kPageTokens;
+  if (group < 0 || static_cast<size_t>(group) >= groups_.size()) throw std::invalid_argument("no such KV group");
+  if (kv_heads < 1 || head_dim < 1 || kv_heads > 65536 || head_dim > 65536) throw std::invalid_argument("bad KV layer shape");
+  const size_t elements = static_cast<size_t>(groups_[static_cast<size_t>(group)].num_blocks) * static_cast<size_t>(kv_heads) *
+                          static_cast<size_t>(head_dim) * kPageTokens;
   Layer layer;
   layer.group = group;
   layer.k = MappedArray<uint8_t>(elements * kv_element_bytes(format_));
@@ -39,9 +31,8 @@ int KvCache::add_layer(int group, int kv_heads, int head_dim) {
 
 size_t KvCache::bytes() const {
   size_t total = 0;
-  for (const Layer &layer : layers_)
-    total += layer.k.size() + layer.v.size();
+  for (const Layer& layer : layers_) total += layer.k.size() + layer.v.size();
   return total;
 }
 
-} // namespace setpoint
+}  // namespace setpoint

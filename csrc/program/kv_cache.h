@@ -18,7 +18,7 @@ struct KvGroup {
 };
 
 class KvCache {
-public:
+ public:
   explicit KvCache(KvFormat format) : format_(format) {}
 
   // Both return the new index and throw std::invalid_argument on absurd sizes,
@@ -26,19 +26,13 @@ public:
   int add_group(int num_blocks, int window);
   int add_layer(int group, int kv_heads, int head_dim);
 
-  const std::vector<KvGroup> &groups() const { return groups_; }
-  int group_of(int layer) const {
-    return layers_.at(static_cast<size_t>(layer)).group;
-  }
-  const KvView &view(int layer) const {
-    return layers_.at(static_cast<size_t>(layer)).view;
-  }
-  int window_of(int layer) const {
-    return groups_[static_cast<size_t>(group_of(layer))].window;
-  }
+  const std::vector<KvGroup>& groups() const { return groups_; }
+  int group_of(int layer) const { return layers_.at(static_cast<size_t>(layer)).group; }
+  const KvView& view(int layer) const { return layers_.at(static_cast<size_t>(layer)).view; }
+  int window_of(int layer) const { return groups_[static_cast<size_t>(group_of(layer))].window; }
   size_t bytes() const;
 
-private:
+ private:
   struct Layer {
     int group = 0;
     KvView view;
@@ -49,4 +43,4 @@ private:
   std::vector<Layer> layers_;
 };
 
-} // namespace setpoint
+}  // namespace setpoint

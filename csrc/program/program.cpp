@@ -10,49 +10,37 @@ namespace setpoint {
 
 namespace {
 
-void require(bool condition, const char *message) {
-  if (!condition)
-    throw std::invalid_argument(message);
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
 }
 
-bool is_quantized(const PackedWeight &weight) {
-  return weight.codes == Codes::u4 || weight.codes == Codes::u8;
-}
+bool is_quantized(const PackedWeight& weight) { return weight.codes == Codes::u4 || weight.codes == Codes::u8; }
 
-} // namespace
+}  // namespace
 
-Program::Program(const Options &options)
-    : limits_(options.limits), kernels_(kernel_table(options.isa.c_str())),
-      kv_(options.kv_format), pool_(options.num_threads) {
-  const Limits &limits = options.limits;
-  require(limits.vocab > 0 && limits.max_tokens > 0 && limits.max_entries > 0 &&
-              limits.max_rows > 0 && limits.max_model_len > 0,
+Program::Program(const Options& options)
+    : limits_(options.limits), kernels_(kernel_table(options.isa.c_str())), kv_(options.kv_format), pool_(options.num_threads) {
+  const Limits& limits = options.limits;
+  require(limits.vocab > 0 && limits.max_tokens > 0 && limits.max_entries > 0 && limits.max_rows > 0 && limits.max_model_len > 0,
           "every limit of a program must be positive");
-  require(limits.vocab <= 1 << 24 && limits.max_tokens <= 1 << 20 &&
-              limits.max_entries <= 1 << 16 && limits.max_rows <= 1 << 20 &&
+  require(limits.vocab <= 1 << 24 && limits.max_tokens <= 1 << 20 && limits.max_entries <= 1 << 16 && limits.max_rows <= 1 << 20 &&
               limits.max_model_len <= 1 << 24,
           "a limit of the program is absurdly large");
 }
 
-void Program::building() const {
-  require(head_ == nullptr, "the program is complete");
-}
+void Program::building() const { require(head_ == nullptr, "the program is complete"); }
 
-void Program::whole_batch() const {
-  require(!wanted_, "the op needs every token, and comes after select_rows");
-}
+void Program::whole_batch() const { require(!wanted_, "the op needs every token, and comes after select_rows"); }
 
 int Program::width(int slot) const {
-  require(slot >= 0 && static_cast<size_t>(slot) < work_.slots.size(),
-          "no such slot");
+  require(slot >= 0 && static_cast<size_t>(slot) < work_.slots.size(), "no such slot");
   return work_.slots[static_cast<size_t>(slot)].width;
 }
 
 int Program::slot(int width) {
   building();
   require(width > 0 && width <= 1 << 24, "bad slot width");
-  work_.slots.emplace_back(std::max(limits_.max_tokens, limits_.max_rows),
-                           width);
+  work_.slots.emplace_back(std::max(limits_.max_tokens, limits_.max_rows), width);
   return static_cast<int>(work_.slots.size()) - 1;
 }
 
@@ -66,8 +54,7 @@ int Program::rope_table(std::vector<float> inv_freq, float factor) {
 }
 
 void Program::written(int slot) {
-  if (slot == quantized_slot_)
-    quantized_slot_ = -1;
+  if (slot == quantized_slot_) quantized_slot_ = -1;
 }
 
 void Program::add_row_op(std::unique_ptr<RowOp> op, int slot) {
@@ -82,66 +69,47 @@ void Program::add_row_op(std::unique_ptr<RowOp> op, int slot) {
   written(slot);
 }
 
-void Program::embed(const BlockFormat &format, const uint8_t *table,
-                    size_t size, float scale, int out) {
+void Program::embed(const BlockFormat& format, const uint8_t* table, size_t size, float scale, int out) {
   const size_t row_bytes = bytes_per_row(format, width(out));
-  require(size / row_bytes >= static_cast<size_t>(limits_.vocab),
-          "the embedding has fewer rows than the vocabulary");
+  require(size / row_bytes >= static_cast<size_t>(limits_.vocab), "the embedding has fewer rows than the vocabulary");
   whole_batch();
-  add_row_op(std::make_unique<Embed>(format, table, row_bytes, scale, out),
-             out);
+  add_row_op(std::make_unique<Embed>(format, table, row_bytes, scale, out), out);
 }
 
 void Program::rms_norm(int in, std::vector<float> weight, float eps, int out) {
-  require(width(in) == width(out) &&
-              weight.size() == static_cast<size_t>(width(in)),
-          "rms_norm: widths differ");
+  require(width(in) == width(out) && weight.size() == static_cast<size_t>(width(in)), "rms_norm: widths differ");
   add_row_op(std::make_unique<RmsNorm>(in, std::move(weight), eps, out), out);
 }
 
 void Program::head_norm(int slot, std::vector<float> weight, float eps) {
-  require(!weight.empty() &&
-              static_cast<size_t>(width(slot)) % weight.size() == 0,
-          "head_norm: the slot is not whole heads");
+  require(!weight.empty() && static_cast<size_t>(width(slot)) % weight.size() == 0, "head_norm: the slot is not whole heads");
   const int heads = width(slot) / static_cast<int>(weight.size());
-  add_row_op(std::make_unique<HeadNorm>(slot, std::move(weight), eps, heads),
-             slot);
+  add_row_op(std::make_unique<HeadNorm>(slot, std::move(weight), eps, heads), slot);
 }
 
 void Program::rope(int slot, int head_dim, int table) {
   whole_batch();
-  require(table >= 0 && static_cast<size_t>(table) < work_.ropes.size(),
-          "no such rope table");
-  require(head_dim > 0 && width(slot) % head_dim == 0 &&
-              2 * work_.ropes[static_cast<size_t>(table)].half() <= head_dim,
+  require(table >= 0 && static_cast<size_t>(table) < work_.ropes.size(), "no such rope table");
+  require(head_dim > 0 && width(slot) % head_dim == 0 && 2 * work_.ropes[static_cast<size_t>(table)].half() <= head_dim,
           "rope: bad head_dim");
-  add_row_op(
-      std::make_unique<Rope>(slot, width(slot) / head_dim, head_dim, table),
-      slot);
+  add_row_op(std::make_unique<Rope>(slot, width(slot) / head_dim, head_dim, table), slot);
 }
 
 void Program::quantize(int slot, int k) {
-  if (quantized_slot_ == slot)
-    return;
+  if (quantized_slot_ == slot) return;
   add_row_op(std::make_unique<Quantize>(slot, k), -1);
   quantized_slot_ = slot;
   max_quantized_ = std::max(max_quantized_, k);
 }
 
-void Program::matmul(const PackedWeight &weight, int in, int out,
-                     std::vector<float> bias, bool accumulate) {
+void Program::matmul(const PackedWeight& weight, int in, int out, std::vector<float> bias, bool accumulate) {
   building();
-  require(weight.k == width(in) && weight.n == width(out) && in != out,
-          "matmul: the weight does not fit the slots");
-  require(bias.empty() || bias.size() == static_cast<size_t>(weight.n),
-          "matmul: the bias does not fit the weight");
-  if (is_quantized(weight))
-    quantize(in, weight.k);
+  require(weight.k == width(in) && weight.n == width(out) && in != out, "matmul: the weight does not fit the slots");
+  require(bias.empty() || bias.size() == static_cast<size_t>(weight.n), "matmul: the bias does not fit the weight");
+  if (is_quantized(weight)) quantize(in, weight.k);
   MatmulStage::Item item{weight, out, std::move(bias), accumulate};
-  if (matmul_stage_ == nullptr ||
-      !matmul_stage_->accepts(in, is_quantized(weight), item)) {
-    auto stage =
-        std::make_unique<MatmulStage>(in, is_quantized(weight), wanted_);
+  if (matmul_stage_ == nullptr || !matmul_stage_->accepts(in, is_quantized(weight), item)) {
+    auto stage = std::make_unique<MatmulStage>(in, is_quantized(weight), wanted_);
     matmul_stage_ = stage.get();
     stages_.push_back(std::move(stage));
   }
@@ -152,33 +120,24 @@ void Program::matmul(const PackedWeight &weight, int in, int out,
 
 void Program::kv_store(int layer, int k, int v) {
   whole_batch();
-  const KvView &kv = kv_.view(layer);
-  require(width(k) == kv.kv_heads * kv.head_dim && width(v) == width(k),
-          "kv_store: the slots do not fit the layer");
+  const KvView& kv = kv_.view(layer);
+  require(width(k) == kv.kv_heads * kv.head_dim && width(v) == width(k), "kv_store: the slots do not fit the layer");
   add_row_op(std::make_unique<KvStore>(layer, k, v), -1);
 }
 
 void Program::attention(int layer, float scale, int q, int out) {
   building();
   whole_batch();
-  const KvView &kv = kv_.view(layer);
-  require(width(q) == width(out) && width(q) % (kv.kv_heads * kv.head_dim) == 0,
-          "attention: the slots do not fit the layer");
+  const KvView& kv = kv_.view(layer);
+  require(width(q) == width(out) && width(q) % (kv.kv_heads * kv.head_dim) == 0, "attention: the slots do not fit the layer");
   const int heads = width(q) / kv.head_dim;
-  stages_.push_back(
-      std::make_unique<AttentionStage>(layer, heads, scale, q, out));
+  stages_.push_back(std::make_unique<AttentionStage>(layer, heads, scale, q, out));
   row_stage_ = nullptr;
   matmul_stage_ = nullptr;
   written(out);
-  attention_floats_ =
-      std::max(attention_floats_,
-               attention_scratch_floats(kAttentionTileRows, heads / kv.kv_heads,
-                                        kv.head_dim));
-  split_floats_ =
-      std::max(split_floats_, AttentionStage::split_floats(kv, heads));
-  partial_floats_ = std::max(
-      partial_floats_, AttentionStage::partial_floats(
-                           kv, heads, limits_.max_model_len, pool_.size()));
+  attention_floats_ = std::max(attention_floats_, attention_scratch_floats(kAttentionTileRows, heads / kv.kv_heads, kv.head_dim));
+  split_floats_ = std::max(split_floats_, AttentionStage::split_floats(kv, heads));
+  partial_floats_ = std::max(partial_floats_, AttentionStage::partial_floats(kv, heads, limits_.max_model_len, pool_.size()));
 }
 
 void Program::gated_multiply(Activation act, int gate, int up) {
@@ -193,22 +152,18 @@ void Program::add(int in, int out) {
 
 void Program::select_rows(int in, int out) {
   require(width(in) == width(out) && in != out, "select_rows: widths differ");
-  if (!wanted_)
-    row_stage_ = nullptr; // the stage so far is one of all rows
+  if (!wanted_) row_stage_ = nullptr;  // the stage so far is one of all rows
   wanted_ = true;
   quantized_slot_ = -1;
   add_row_op(std::make_unique<SelectRows>(in, out), out);
 }
 
-void Program::head(int in, std::vector<float> norm_weight, float eps,
-                   const PackedWeight &weight) {
+void Program::head(int in, std::vector<float> norm_weight, float eps, const PackedWeight& weight) {
   building();
   require(weight.k == width(in), "head: the weight does not fit the slot");
-  auto stage = std::make_unique<HeadStage>(
-      in, wanted_, HeadStage::Norm{std::move(norm_weight), eps}, weight,
-      limits_, pool_.size(), kernels_.isa);
-  work_.quantized = QuantizedActivations(
-      std::max(limits_.max_tokens, limits_.max_rows), max_quantized_);
+  auto stage =
+      std::make_unique<HeadStage>(in, wanted_, HeadStage::Norm{std::move(norm_weight), eps}, weight, limits_, pool_.size(), kernels_.isa);
+  work_.quantized = QuantizedActivations(std::max(limits_.max_tokens, limits_.max_rows), max_quantized_);
   for (int thread = 0; thread < pool_.size(); ++thread) {
     work_.attention_scratch.emplace_back(attention_floats_);
     work_.split_scratch.emplace_back(split_floats_);
@@ -219,40 +174,35 @@ void Program::head(int in, std::vector<float> norm_weight, float eps,
   stages_.push_back(std::move(stage));
 }
 
-void Program::run_stages(const Step &step, int thread) {
-  for (const auto &stage : stages_) {
+void Program::run_stages(const Step& step, int thread) {
+  for (const auto& stage : stages_) {
     stage->run(step, thread);
-    if (stage.get() != head_)
-      pool_.barrier();
+    if (stage.get() != head_) pool_.barrier();
   }
 }
 
-void Program::check(const StepInputs &inputs) {
+void Program::check(const StepInputs& inputs) {
   require(head_ != nullptr, "the program has no head yet");
   batch_->load(inputs);
 }
 
-void Program::step(const StepInputs &inputs) {
+void Program::step(const StepInputs& inputs) {
   check(inputs);
   const Step step{kernels_, *batch_, kv_, work_, pool_};
-  for (const auto &stage : stages_)
-    stage->prepare(step);
+  for (const auto& stage : stages_) stage->prepare(step);
   if (!profiling_) {
     pool_.run([&](int thread) { run_stages(step, thread); });
     return;
   }
   pool_.run([&](int thread) {
-    for (const auto &stage : stages_) {
+    for (const auto& stage : stages_) {
       const auto begin = std::chrono::steady_clock::now();
       stage->run(step, thread);
       pool_.barrier();
       if (thread == 0)
-        seconds_[static_cast<size_t>(stage->kind())] +=
-            std::chrono::duration<double>(std::chrono::steady_clock::now() -
-                                          begin)
-                .count();
+        seconds_[static_cast<size_t>(stage->kind())] += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     }
   });
 }
 
-} // namespace setpoint
+}  // namespace setpoint

@@ -20,32 +20,26 @@ namespace setpoint {
 // Slots, layers, groups and rope tables are numbered in order of creation.
 // Weights and embedding tables are borrowed: they must outlive the program.
 class Program {
-public:
+ public:
   struct Options {
     std::string isa = "auto";
     int num_threads = 1;
     KvFormat kv_format = KvFormat::f16;
     Limits limits;
   };
-  explicit Program(const Options &options);
+  explicit Program(const Options& options);
 
   int slot(int width);
-  int kv_group(int num_blocks, int window) {
-    return kv_.add_group(num_blocks, window);
-  }
-  int kv_layer(int group, int kv_heads, int head_dim) {
-    return kv_.add_layer(group, kv_heads, head_dim);
-  }
+  int kv_group(int num_blocks, int window) { return kv_.add_group(num_blocks, window); }
+  int kv_layer(int group, int kv_heads, int head_dim) { return kv_.add_layer(group, kv_heads, head_dim); }
   int rope_table(std::vector<float> inv_freq, float factor);
 
   // `table` holds at least `vocab` rows as wide as the slot.
-  void embed(const BlockFormat &format, const uint8_t *table, size_t size,
-             float scale, int out);
+  void embed(const BlockFormat& format, const uint8_t* table, size_t size, float scale, int out);
   void rms_norm(int in, std::vector<float> weight, float eps, int out);
   void head_norm(int slot, std::vector<float> weight, float eps);
   void rope(int slot, int head_dim, int table);
-  void matmul(const PackedWeight &weight, int in, int out,
-              std::vector<float> bias, bool accumulate);
+  void matmul(const PackedWeight& weight, int in, int out, std::vector<float> bias, bool accumulate);
   void kv_store(int layer, int k, int v);
   void attention(int layer, float scale, int q, int out);
   void gated_multiply(Activation act, int gate, int up);
@@ -54,48 +48,45 @@ public:
   // copied to `out` for them. Follows the last attention: what the other tokens
   // would still compute, nobody reads.
   void select_rows(int in, int out);
-  void head(int in, std::vector<float> norm_weight, float eps,
-            const PackedWeight &weight);
+  void head(int in, std::vector<float> norm_weight, float eps, const PackedWeight& weight);
 
   // One step. Throws std::invalid_argument on bad inputs before anything has
   // run. The rows' outputs stay valid until the next step.
-  void step(const StepInputs &inputs);
-  void
-  check(const StepInputs &inputs); // throws what step would throw, runs nothing
-  const RowOutput *outputs() const { return head_->outputs(); }
+  void step(const StepInputs& inputs);
+  void check(const StepInputs& inputs);  // throws what step would throw, runs nothing
+  const RowOutput* outputs() const { return head_->outputs(); }
 
-  const Limits &limits() const { return limits_; }
-  const char *isa() const { return kernels_.isa; }
+  const Limits& limits() const { return limits_; }
+  const char* isa() const { return kernels_.isa; }
   int num_threads() const { return pool_.size(); }
   size_t kv_bytes() const { return kv_.bytes(); }
 
   // Seconds the calling thread spent in each kind of stage, barriers included;
   // only counted while profiling.
   void set_profiling(bool on) { profiling_ = on; }
-  const std::array<double, kStageKinds> &seconds() const { return seconds_; }
+  const std::array<double, kStageKinds>& seconds() const { return seconds_; }
 
-private:
+ private:
   int width(int slot) const;
   void building() const;
   void whole_batch() const;
   void add_row_op(std::unique_ptr<RowOp> op, int written);
   void quantize(int slot, int k);
   void written(int slot);
-  void run_stages(const Step &step, int thread);
+  void run_stages(const Step& step, int thread);
 
   const Limits limits_;
-  const KernelTable &kernels_;
+  const KernelTable& kernels_;
   KvCache kv_;
   ThreadPool pool_;
   Workspace work_;
   std::vector<std::unique_ptr<Stage>> stages_;
-  RowStage *row_stage_ = nullptr; // the last stage, if it is one of rows
-  MatmulStage *matmul_stage_ =
-      nullptr; // the last stage, if it is one of matmuls
-  HeadStage *head_ = nullptr;
-  bool wanted_ = false;     // select_rows was called
-  int quantized_slot_ = -1; // whose activations Workspace::quantized holds at
-                            // this point of the program
+  RowStage* row_stage_ = nullptr;        // the last stage, if it is one of rows
+  MatmulStage* matmul_stage_ = nullptr;  // the last stage, if it is one of matmuls
+  HeadStage* head_ = nullptr;
+  bool wanted_ = false;      // select_rows was called
+  int quantized_slot_ = -1;  // whose activations Workspace::quantized holds at
+                             // this point of the program
   int max_quantized_ = 0;
   size_t attention_floats_ = 0, split_floats_ = 0, partial_floats_ = 0;
   std::optional<Batch> batch_;
@@ -103,4 +94,4 @@ private:
   std::array<double, kStageKinds> seconds_{};
 };
 
-} // namespace setpoint
+}  // namespace setpoint

@@ -5,24 +5,21 @@
 namespace setpoint {
 
 FloatRows::FloatRows(int rows, int width)
-    : width(width), stride((static_cast<size_t>(width) + 15) / 16 * 16 + 16),
-      values(static_cast<size_t>(rows) * stride) {}
+    : width(width), stride((static_cast<size_t>(width) + 15) / 16 * 16 + 16), values(static_cast<size_t>(rows) * stride) {}
 
 QuantizedActivations::QuantizedActivations(int rows, int max_k)
     : codes(static_cast<size_t>(rows) * static_cast<size_t>(max_k)),
       scales(static_cast<size_t>(rows) * static_cast<size_t>(max_k / 32)),
       sums(static_cast<size_t>(rows) * static_cast<size_t>(max_k / 16)) {}
 
-void QuantizedActivations::quantize(const KernelTable &kernels, const float *x,
-                                    size_t x_stride, int begin, int rows,
-                                    int k) {
+void QuantizedActivations::quantize(const KernelTable& kernels, const float* x, size_t x_stride, int begin, int rows, int k) {
   const size_t first = static_cast<size_t>(begin) * static_cast<size_t>(k);
-  kernels.quantize_rows(x, x_stride, rows, k, codes.data() + first,
-                        scales.data() + first / 32, sums.data() + first / 16);
+  kernels.quantize_rows(x, x_stride, rows, k, codes.data() + first, scales.data() + first / 32, sums.data() + first / 16);
 }
 
 RopeTable::RopeTable(int max_tokens, std::vector<float> inv_freq, float factor)
-    : inv_freq(std::move(inv_freq)), factor(factor),
+    : inv_freq(std::move(inv_freq)),
+      factor(factor),
       cos(static_cast<size_t>(max_tokens) * this->inv_freq.size()),
       sin(static_cast<size_t>(max_tokens) * this->inv_freq.size()) {}
 
@@ -32,11 +29,10 @@ RopeTable::RopeTable(int max_tokens, std::vector<float> inv_freq, float factor)
 void RopeTable::fill(int row, int position) {
   const size_t first = static_cast<size_t>(row) * inv_freq.size();
   for (size_t i = 0; i < inv_freq.size(); ++i) {
-    const double angle =
-        static_cast<double>(static_cast<float>(position) * inv_freq[i]);
+    const double angle = static_cast<double>(static_cast<float>(position) * inv_freq[i]);
     cos[first + i] = static_cast<float>(std::cos(angle)) * factor;
     sin[first + i] = static_cast<float>(std::sin(angle)) * factor;
   }
 }
 
-} // namespace setpoint
+}  // namespace setpoint

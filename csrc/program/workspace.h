@@ -12,7 +12,7 @@ namespace setpoint {
 struct FloatRows {
   FloatRows() = default;
   FloatRows(int rows, int width);
-  float *row(int i) { return values.data() + static_cast<size_t>(i) * stride; }
+  float* row(int i) { return values.data() + static_cast<size_t>(i) * stride; }
   int width = 0;
   size_t stride = 0;
   MappedArray<float> values;
@@ -22,11 +22,8 @@ struct FloatRows {
 struct QuantizedActivations {
   QuantizedActivations() = default;
   QuantizedActivations(int rows, int max_k);
-  void quantize(const KernelTable &kernels, const float *x, size_t x_stride,
-                int begin, int rows, int k);
-  QuantizedRows view() const {
-    return {codes.data(), scales.data(), sums.data()};
-  }
+  void quantize(const KernelTable& kernels, const float* x, size_t x_stride, int begin, int rows, int k);
+  QuantizedRows view() const { return {codes.data(), scales.data(), sums.data()}; }
   MappedArray<int8_t> codes;
   MappedArray<float> scales;
   MappedArray<int32_t> sums;
@@ -39,18 +36,17 @@ struct RopeTable {
   void fill(int row, int position);
   std::vector<float> inv_freq;
   float factor;
-  MappedArray<float> cos, sin; // [max_tokens][half]
+  MappedArray<float> cos, sin;  // [max_tokens][half]
 };
 
 struct Workspace {
   std::vector<FloatRows> slots;
   QuantizedActivations quantized;
   std::vector<RopeTable> ropes;
-  std::vector<MappedArray<float>> attention_scratch; // per thread
-  std::vector<MappedArray<float>>
-      split_scratch; // per thread: one (tile, kv head, split) of partial
-                     // results
-  MappedArray<float> partials; // of one layer's splits, until they are merged
+  std::vector<MappedArray<float>> attention_scratch;  // per thread
+  std::vector<MappedArray<float>> split_scratch;      // per thread: one (tile, kv head, split) of partial
+                                                      // results
+  MappedArray<float> partials;                        // of one layer's splits, until they are merged
 };
 
-} // namespace setpoint
+}  // namespace setpoint
