@@ -1,5 +1,5 @@
 # Each target prepares what it needs (.venv, native build) and is quick the second time.
-.PHONY: serve test parity lint format bench docs clean
+.PHONY: serve test unit parity lint format bench docs clean
 .DEFAULT_GOAL := help
 
 VENV    := .venv
@@ -12,7 +12,7 @@ NATIVE  := CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/
 
 help:
 	@echo "make serve [PORT=8000] [MODEL=smollm2-135m]   serve a model"
-	@echo "make test | parity | lint | bench | docs"
+	@echo "make test | unit | parity | lint | bench | docs"
 
 $(VENV)/.tools: pyproject.toml
 	@test -x $(PYTHON) || python3 -m venv $(VENV)
@@ -29,8 +29,12 @@ $(VENV)/.installed: $(VENV)/.tools $(NATIVE)
 serve: $(VENV)/.installed
 	$(VENV)/bin/setpoint serve $(MODEL) --port $(PORT)
 
-test: $(VENV)/.installed
-	$(PYTHON) -m pytest
+test: unit
+	$(PYTHON) -m pytest --ignore tests/unit
+
+# No native code, no processes, no sockets: the suite to run after every change.
+unit: $(VENV)/.installed
+	$(PYTHON) -m pytest tests/unit -n $(JOBS)
 
 # Regenerates the golden logits and tokens with the reference implementations and fails on any difference.
 $(PARITY)/.installed: pyproject.toml
@@ -46,14 +50,14 @@ parity: $(VENV)/.installed $(PARITY)/.installed
 	$(PYTHON) -m pytest tests/parity
 
 lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check src tests benchmarks
-	$(VENV)/bin/ruff format --check src tests benchmarks
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h,$(NATIVE))
 
 format: $(VENV)/.installed
-	$(VENV)/bin/ruff check --fix src tests benchmarks
-	$(VENV)/bin/ruff format src tests benchmarks
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(filter %.cpp %.h,$(NATIVE))
 
 bench: $(VENV)/.installed

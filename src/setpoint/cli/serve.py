@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from setpoint.cli.arguments import Model
 from setpoint.cli.console import DownloadBar, command_app, status
 from setpoint.cli.knobs import with_knobs
 from setpoint.config import EngineConfig, ServerConfig, api_key_from_environment, log_level
@@ -19,7 +20,7 @@ app = command_app("Serve a model over an OpenAI-compatible HTTP API.")
 @app.command()
 @with_knobs(EngineConfig, ServerConfig)
 def serve(
-    model: Annotated[str, typer.Argument(help="GGUF file, directory, hub repository or alias.")],
+    model: Model,
     configure: Callable[..., EngineConfig],
     configure_server: Callable[..., ServerConfig],
     check_config: Annotated[

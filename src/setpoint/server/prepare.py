@@ -18,6 +18,7 @@ from setpoint.server.context import ServerContext
 from setpoint.server.errors import ApiError
 from setpoint.server.generation import Job, Prompt
 from setpoint.server.openai import ChatRequest, CompletionRequest, GenerationFields, Message, TemplateFields
+from setpoint.text.spellings import spellings
 
 _SAMPLING: Final = (
     "n",
@@ -161,23 +162,13 @@ def _sampling(
     given = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
     if body.logit_bias is not None:
         given["logit_bias"] = {int(token_id): value for token_id, value in body.logit_bias.items()}
-    given["bad_words_token_ids"] = [ids for word in body.bad_words or () for ids in _spellings(context, word)]
+    given["bad_words_token_ids"] = spellings(context.tokenizer, body.bad_words or ())
     params = SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
     vocab_size = context.engine.limits.vocab_size
     if len(body.allowed_token_ids or ()) > vocab_size:
         raise RequestError(f"'allowed_token_ids' holds more than {vocab_size} entries.", param="allowed_token_ids")
     params.check_vocabulary(vocab_size)
     return params
-
-
-def _spellings(context: ServerContext, word: str) -> list[list[int]]:
-    """The token sequences of a word at the start of a text and after a space."""
-    spellings: list[list[int]] = []
-    for text in (word, " " + word.lstrip(" ")):
-        ids = context.tokenizer.encode(text, add_special_tokens=False)
-        if ids and ids not in spellings:
-            spellings.append(ids)
-    return spellings
 
 
 def _job(
