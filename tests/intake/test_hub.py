@@ -11,8 +11,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from loopback import COMMIT, Answer, Asked, Hub, Loopback, closed_port_url, file_answer, serving
 
+from loopback import COMMIT, Answer, Asked, Hub, Loopback, closed_port_url, file_answer, serving
 from setpoint.errors import ModelDownloadError, ModelError, ModelNotFoundError
 from setpoint.loaders import hub as hub_module
 from setpoint.loaders.aliases import Alias

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback import Answer, Asked, Loopback, closed_port_url, file_answer, serving
 
+from loopback import Answer, Asked, Loopback, closed_port_url, file_answer, serving
 from setpoint.errors import ModelDownloadError
 from setpoint.loaders import hub as hub_module
 from setpoint.loaders.aliases import Alias
