@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,9 @@ def _watch_for_pickle(event: str, arguments: tuple[object, ...]) -> None:
 
 
 sys.addaudithook(_watch_for_pickle)
+
+# A shell starts background jobs with SIGINT ignored, and children inherit that: the tests of Ctrl-C need the default.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
