@@ -63,6 +63,14 @@ def test_generate_prints_the_text_and_tells_the_rest(gguf: Path) -> None:
     assert document["metrics"]["time_to_first_token_s"] > 0
 
 
+def test_generate_ends_the_text_before_the_statistics_in_one_pipe(gguf: Path) -> None:
+    arguments = [*SETPOINT, "generate", str(gguf), "hello", "--max-tokens", "6"]
+    both = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120, text=True).stdout
+    text = setpoint(*arguments[len(SETPOINT) :]).stdout
+    assert both.startswith(text)
+    assert "tok/s" in both[len(text) :]
+
+
 def test_generate_of_a_chat_message_stops_and_repeats(directory: Path) -> None:
     arguments = ("generate", directory, "hello", "--chat", "--json", "--temperature", 1.2, "--seed", 5)
     first, again = (json.loads(setpoint(*arguments).stdout) for _ in range(2))

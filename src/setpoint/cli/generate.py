@@ -69,7 +69,7 @@ def generate(
             }
         )
         return
-    print()
+    print(flush=True)  # before the statistics, also where both streams are one pipe
     say(
         f"{len(out.prompt_token_ids)} prompt tokens in {out.metrics.time_to_first_token_s * 1e3:.0f} ms, "
         f"{len(completion.token_ids)} tokens at {out.metrics.decode_tokens_per_s:.1f} tok/s, "
