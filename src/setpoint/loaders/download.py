@@ -46,7 +46,13 @@ def require_space(directory: Path, num_bytes: int) -> None:
 
 @cache
 def tls() -> ssl.SSLContext:
-    """Made once: it reads every root certificate."""
+    """The system's trust store, as curl has it (a company's own authority is there), else the one httpx brings.
+
+    Made once: it reads every root certificate.
+    """
+    system = ssl.create_default_context()
+    if system.cert_store_stats()["x509_ca"]:
+        return system
     import httpx
 
     return httpx.create_ssl_context()
