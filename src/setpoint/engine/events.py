@@ -20,7 +20,7 @@ class TokenLogprob:
     top_logprobs: Sequence[float] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen for the reason given in `engine.plan`
 class Event:
     """New tokens of one sequence, its end, or both.
 

@@ -2,6 +2,9 @@
 
 A plan is all that a backend sees. It knows nothing of requests, prompts, phases or text; the scheduler knows
 nothing of tensors. Block ids index the pool of one KV group; a block holds `block_size` consecutive tokens.
+
+Nobody changes a plan or a result. The records made for every token of a step do not say `frozen` all the same: that
+would make them three times as slow to build, and a step of 32 sequences 1.6 times as slow to plan and commit.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ class RunnerInfo:
     block_size: int = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RowSampling:
     """How to choose one token from one row of logits. Plain values only; already validated.
 
@@ -56,7 +59,7 @@ class RowSampling:
     allowed_ids: Sequence[int] | None = None  # None = all
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LogitsRow:
     """One position whose logits are wanted.
 
@@ -70,7 +73,7 @@ class LogitsRow:
     num_logprobs: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PlanEntry:
     seq_id: int
     token_ids: Sequence[int]  # tokens to compute in this step; the last `num_drafts` of them are guesses
@@ -89,7 +92,7 @@ class StepPlan:
         return sum(len(entry.token_ids) for entry in self.entries)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RowResult:
     token_id: int  # drawn, or the target
     logprob: float | None = None  # of token_id, from the raw logits; None when not asked for
@@ -98,7 +101,7 @@ class RowResult:
     top_logprobs: Sequence[float] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EntryResult:
     """Rows in the order of the entry's `rows`; `error` set means: this entry failed, its neighbours did not."""
 
