@@ -43,7 +43,10 @@ def busy_hour(house: House) -> list[socket.socket]:
     for number, sock in enumerate(socks):
         body = completion(f"{number} " + prompt, max_tokens=500, ignore_eos=True)
         sock.sendall(raw_request(PATH, json.dumps(body).encode()))
+        if number == 2:  # all that may run does: the next three wait, the rest is refused
+            until(lambda: house.engine.stats().num_running == 3)
     until(lambda: house.engine.stats().counters.preemptions > 0)
+    socks.pop(0).close()
     time.sleep(0.05)
     return socks
 
@@ -66,6 +69,8 @@ def test_every_metric_moves() -> None:
     assert exported - moved - constant - never_here == set()
     assert after['vllm:cache_config_info{block_size="16",engine="0",model_name="tiny",num_gpu_blocks="80"}'] == 1
     assert after['vllm:request_success_total{engine="0",finished_reason="stop",model_name="tiny"}'] > 0
+    aborted = [value for name, value in after.items() if name.startswith("setpoint_requests_aborted_total")]
+    assert sum(aborted) == 1  # the client that left, and none of the choices that a stop string ended
 
 
 def test_names_and_buckets(house: House) -> None:

@@ -417,6 +417,16 @@ def test_aborts_are_counted_by_state() -> None:
     harness.check_empty()
 
 
+def test_a_sequence_ended_by_its_front_end_is_no_abort() -> None:
+    harness = Harness()
+    harness.add(request("a", range(4), max_tokens=20, n=3))
+    harness.step()
+    harness.abort("a", 1)
+    assert sum(harness.scheduler.counters.aborted_by_state.values()) == 0
+    harness.abort("a")  # what is left of it, once
+    assert harness.scheduler.counters.aborted_by_state["decode"] == 1
+
+
 def test_an_id_may_be_used_again_only_after_it_ended() -> None:
     harness = Harness()
     harness.add(request("a", range(4), max_tokens=2))

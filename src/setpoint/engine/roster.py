@@ -116,14 +116,17 @@ class Roster:
         self._queue.leave(seq.num_prompt, now)
 
     def abort(self, request_id: str, index: int | None, now: float) -> list[Event]:
-        """End one sequence of a request, or all. Unknown ids are ignored."""
+        """End one sequence of a request, or all. Unknown ids are ignored.
+
+        Only the end of a whole request counts as an abort: one sequence is ended by a front end that found its stop.
+        """
         active = self.requests.get(request_id)
-        events = []
-        for seq in list(active.unfinished) if active is not None else ():
-            if index is None or seq.index == index:
-                self._counters.aborted_by_state[seq.state] += 1
-                events.append(self.finish(seq, Outcome(finish_reason="abort"), now))
-        return events
+        if active is None:
+            return []
+        if index is None:
+            self._counters.aborted_by_state[active.unfinished[0].state] += 1
+        chosen = [seq for seq in active.unfinished if index is None or seq.index == index]
+        return [self.finish(seq, Outcome(finish_reason="abort"), now) for seq in chosen]
 
     def fail(self, active: ActiveRequest, error: Exception, now: float) -> list[Event]:
         """End every sequence of a request with an error fit for its client."""

@@ -38,7 +38,7 @@ class Counters:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error"), 0))
-    aborted_by_state: dict[str, int] = field(
+    aborted_by_state: dict[str, int] = field(  # requests
         default_factory=lambda: dict.fromkeys(("waiting", "preempted", "prefill", "decode"), 0)
     )
     step_tokens: StepTokens = field(default_factory=StepTokens)

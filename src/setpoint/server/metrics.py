@@ -72,7 +72,6 @@ class Metrics:
         self._preemptions = self._histogram("request_num_preemptions", "Preemptions of a request.", PREEMPTIONS)
         self._success = self._counter("vllm:request_success", "Finished choices.", "finished_reason")
         self._rejected = self._counter("setpoint_requests_rejected", "Requests answered with an error.", "reason")
-        self._aborted = self._counter("setpoint_requests_aborted", "Requests ended early by client or drain.", "state")
         self._registry.register(_EngineCollector(self._label_values, stats, version, cache_info))
 
     def page(self) -> bytes:
@@ -84,9 +83,6 @@ class Metrics:
     def finished(self, generation: Generation, ending: str) -> None:
         """Account for a generation that was submitted. `ending` is "ok", "error", "disconnected" or "stalled"."""
         if ending != "ok":
-            if ending != "error":
-                state = "decode" if generation.num_output_tokens else "waiting"
-                self._aborted.labels(*self._label_values, state).inc()
             return
         for choice in generation.choices:
             self._success.labels(*self._label_values, choice.finish_reason).inc()
@@ -194,6 +190,10 @@ class _EngineCollector(Collector):
         )
         yield self._split(
             CounterMetricFamily, "vllm:admission_rejections", "Refused by the engine.", "reason", stats.rejected
+        )
+        ended_early = "Requests ended before their time, by where they stood."
+        yield self._split(
+            CounterMetricFamily, "setpoint_requests_aborted", ended_early, "state", totals.aborted_by_state
         )
 
     def _step_tokens(self, stats: EngineStats) -> Metric:
