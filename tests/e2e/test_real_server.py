@@ -169,6 +169,13 @@ def test_32_concurrent_streams_equal_their_solo_runs(server: Server) -> None:
     assert server.metrics()['vllm:num_requests_running{engine="0",model_name="smollm2"}'] == 0
 
 
+def test_server_info_tells_what_is_in_effect(server: Server) -> None:
+    info = httpx.get(f"{server.url}/server_info").json()
+    assert info["isa"] != "auto"
+    assert info["knobs"]["max_model_len"] == info["max_model_len"] == 2048
+    assert {"dtype", "kv_cache_dtype", "num_threads"} <= set(info["knobs"])
+
+
 def test_wrong_requests_are_named_and_the_server_lives_on(server: Server, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=9)

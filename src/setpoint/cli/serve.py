@@ -65,6 +65,10 @@ def serve(
             keys=keys,
             log=EventLog(level=log_level()),
             cache_info=assembly.cache_info,
+            server_info={
+                "isa": assembly.isa,
+                "knobs": {reason.knob: reason.value for reason in assembly.reasons},
+            },
         )
         phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in assembly.phases.items())
 
