@@ -80,6 +80,9 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 32,
 }
 
+YARN_SCALING = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 TINY_MODELS = {
     tiny.name: tiny
     for tiny in (
@@ -106,6 +109,24 @@ TINY_MODELS = {
         ),
         TinyModel(
             "mistral", "llama", _config("mistral", "MistralForCausalLM", sliding_window=None, head_dim=24), seed=4
+        ),
+        TinyModel(
+            "mistral-window",
+            "llama",
+            _config(
+                "mistral",
+                "MistralForCausalLM",
+                sliding_window=12,
+                rope_scaling={"rope_type": "linear", "factor": 2.5},
+            ),
+            seed=8,
+        ),
+        TinyModel(
+            "llama-biases",
+            "llama",
+            _config("llama", "LlamaForCausalLM", attention_bias=True, mlp_bias=True, rope_scaling=YARN_SCALING),
+            biases=PROJECTIONS,
+            seed=9,
         ),
         TinyModel(
             "qwen2", "qwen2", _config("qwen2", "Qwen2ForCausalLM"), biases=("q_proj", "k_proj", "v_proj"), seed=5
@@ -305,8 +326,9 @@ def write_gguf(tiny: TinyModel, path: Path, *, format: str = "F32", head_format:
     }
     if config.get("sliding_window"):
         metadata[f"{arch}.attention.sliding_window"] = config["sliding_window"]
+    metadata |= rope_scaling_metadata(tiny)
     tensors = [_gguf_tensor(tiny, name, value, format, head_format) for name, value in weights(tiny).items()]
-    if config.get("rope_scaling"):
+    if (config.get("rope_scaling") or {}).get("rope_type") == "llama3":
         factors = llama3_factors(tiny)
         tensors.append(("rope_freqs.weight", factors.shape, "F32", factors.reshape(1, -1).view(np.uint8)))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -316,7 +338,7 @@ def write_gguf(tiny: TinyModel, path: Path, *, format: str = "F32", head_format:
 
 def _gguf_tensor(tiny: TinyModel, name: str, value: Array, format: str, head_format: str | None) -> tuple[Any, ...]:
     stored = value
-    if tiny.gguf_architecture in ("llama", "smollm3") and name.endswith(("q_proj.weight", "k_proj.weight")):
+    if tiny.gguf_architecture in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
         key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
         stored = _permuted(value, tiny.config[key])
     if tiny.unit_offset and "norm" in name:
@@ -326,6 +348,17 @@ def _gguf_tensor(tiny: TinyModel, name: str, value: Array, format: str, head_for
         kind = head_format if head_format and name in ("lm_head.weight", "model.embed_tokens.weight") else format
     rows = np.ascontiguousarray(stored.reshape(1, -1) if stored.ndim == 1 else stored)
     return gguf_name(tiny, name), stored.shape, kind, quantize(kind, rows)
+
+
+def rope_scaling_metadata(tiny: TinyModel) -> dict[str, Any]:
+    """Llama 3's scaling is a tensor in GGUF; the others are these keys."""
+    scaling, prefix = tiny.config.get("rope_scaling") or {}, f"{tiny.gguf_architecture}.rope.scaling."
+    if scaling.get("rope_type") not in ("linear", "yarn"):
+        return {}
+    metadata = {f"{prefix}type": scaling["rope_type"], f"{prefix}factor": scaling["factor"]}
+    if "original_max_position_embeddings" in scaling:
+        metadata[f"{prefix}original_context_length"] = scaling["original_max_position_embeddings"]
+    return metadata
 
 
 def llama3_factors(tiny: TinyModel) -> Array:

@@ -55,6 +55,9 @@ class MemoryCheckpoint:
         self.stored[name] = StoredTensor(name, value.shape, format, raw)
         self.values[name] = dequantize(format, raw).reshape(value.shape)
 
+    def tensor_names(self) -> list[str]:
+        return list(self.stored)
+
     def tensor(self, name: str) -> StoredTensor:
         if name not in self.stored:
             raise ModelFileError(f"no tensor '{name}'")

@@ -12,7 +12,7 @@ from program_models import MODELS, VOCAB, MemoryCheckpoint, open_runner, run, sa
 from program_oracle import logits as oracle_logits
 
 from setpoint.engine.plan import EntryResult, LogitsRow, PlanEntry, RowSampling, StepPlan
-from setpoint.errors import ConfigError, EngineError, ModelFileError
+from setpoint.errors import ConfigError, EngineError, ModelFileError, UnsupportedModelError
 from setpoint.runtime.cpu.runner import CpuRunner
 
 
@@ -161,6 +161,18 @@ def test_a_wrong_tensor_is_named() -> None:
     stored = checkpoint.stored["layers.0.mlp.up_proj.weight"]
     checkpoint.stored["layers.0.mlp.up_proj.weight"] = replace(stored, raw=stored.raw[:, :-4])
     with pytest.raises(ModelFileError, match=r"layers\.0\.mlp\.up_proj\.weight"):
+        open_runner(model, checkpoint)
+
+
+def test_a_tensor_that_nobody_reads_is_named() -> None:
+    """A bias or an expert that the model tree does not know would silently be missing from the mathematics."""
+    model = MODELS["one head each"]  # its head is tied
+    checkpoint = MemoryCheckpoint(model)
+    checkpoint.put("head.weight", checkpoint.values["embed.weight"])
+    checkpoint.put("layers.0.attn.rotary_emb.inv_freq", np.ones(8, np.float32))
+    open_runner(model, checkpoint).close()
+    checkpoint.put("layers.0.attn.o_proj.bias", np.zeros(64, np.float32))
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.attn\.o_proj\.bias"):
         open_runner(model, checkpoint)
 
 

@@ -20,7 +20,16 @@ from setpoint.loaders.gguf_names import pairs_to_halves
 from setpoint.loaders.gguf_writer import NamedTensor, write
 from setpoint.quant.formats import dequantize, quantize
 from setpoint.text.source import TokenizerMetadata
-from tiny_models import CHAT_TEMPLATE, MERGES, TINY_MODELS, TinyModel, gguf_name, vocabulary, weights
+from tiny_models import (
+    CHAT_TEMPLATE,
+    MERGES,
+    TINY_MODELS,
+    TinyModel,
+    gguf_name,
+    rope_scaling_metadata,
+    vocabulary,
+    weights,
+)
 
 PERMUTED = ("llama", "smollm3")  # architectures whose q and k rows a converter reorders
 
@@ -40,7 +49,8 @@ def base_metadata(tiny: TinyModel) -> dict[str, Any]:
     }
     if config.get("sliding_window"):
         own["attention.sliding_window"] = config["sliding_window"]
-    return {"general.architecture": tiny.gguf_architecture} | {prefix + key: value for key, value in own.items()}
+    metadata = {"general.architecture": tiny.gguf_architecture} | {prefix + key: value for key, value in own.items()}
+    return metadata | rope_scaling_metadata(tiny)
 
 
 TOKENIZER = {
@@ -71,8 +81,8 @@ def tensors(tiny: TinyModel, weight_format: str = "F32") -> list[NamedTensor]:
         kind = weight_format if value.ndim == 2 and value.shape[1] % 32 == 0 else "F32"
         rows = np.ascontiguousarray(value.reshape(1, -1) if value.ndim == 1 else value)
         result.append((gguf_name(tiny, name), value.shape, kind, quantize(kind, rows)))
-    if tiny.config.get("rope_scaling"):
-        scaling = tiny.config["rope_scaling"]
+    scaling = tiny.config.get("rope_scaling") or {}
+    if scaling.get("rope_type") == "llama3":
         factors = llama3_factors(
             tiny.config["rope_theta"], tiny.head_dim, scaling["factor"], scaling["original_max_position_embeddings"]
         ).astype(np.float32)

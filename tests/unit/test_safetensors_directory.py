@@ -138,6 +138,7 @@ def test_text_model_inside_a_larger_one(directory: Path) -> None:
     assert checkpoint.config == inner
     assert checkpoint.tensor("model.norm.weight").shape == (2,)
     assert checkpoint.has_tensor("lm_head.weight")
+    assert sorted(checkpoint.tensor_names()) == ["lm_head.weight", "model.norm.weight"]
     with pytest.raises(UnsupportedModelError, match=r"'vision_tower.position_ids' has the dtype I64"):
         checkpoint.tensor("vision_tower.position_ids")
 

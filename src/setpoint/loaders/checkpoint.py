@@ -64,7 +64,8 @@ class Checkpoint(Protocol):
     def name(self) -> str:
         """For display: the author's name for the model, else the file's."""
 
-    def tensor_names(self) -> Sequence[str]: ...
+    def tensor_names(self) -> Sequence[str]:
+        """Of the text model: what does not belong to it (a vision tower) is left out."""
 
     def has_tensor(self, name: str) -> bool: ...
 

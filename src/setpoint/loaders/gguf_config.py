@@ -126,7 +126,9 @@ def build_config(
         return config | _gemma3(fields, config)
     config["hidden_act"] = "silu"
     if "attn_output" in architecture.biased:
-        config["attention_bias"] = any(name.endswith(".bias") for name in tensors)
+        biased = {name.split(".")[-2] for name in tensors if name.endswith(".bias")}
+        config["attention_bias"] = any(name.startswith("attn_") for name in biased)
+        config["mlp_bias"] = any(name.startswith("ffn_") for name in biased)
     if architecture.name == "llama" and fields.get("attention.sliding_window"):
         config["model_type"] = "mistral"
         config["sliding_window"] = fields.integer("attention.sliding_window", 1, MAX_CONTEXT)

@@ -48,11 +48,12 @@ _GEMMA3 = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _QKV = ("attn_q", "attn_k", "attn_v")
+_MLP = ("ffn_gate", "ffn_up", "ffn_down")
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
     for architecture in (
-        Architecture("llama", "llama", _LLAMA, (*_QKV, "attn_output"), ("attn_q", "attn_k")),
+        Architecture("llama", "llama", _LLAMA, (*_QKV, "attn_output", *_MLP), ("attn_q", "attn_k")),
         Architecture("smollm3", "smollm3", _LLAMA, (*_QKV, "attn_output"), ("attn_q", "attn_k")),
         Architecture("qwen2", "qwen2", _LLAMA, _QKV),
         Architecture("qwen3", "qwen3", _LLAMA | _QK_NORM),

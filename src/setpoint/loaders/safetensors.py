@@ -28,13 +28,14 @@ MAX_TEMPLATE_BYTES = MIB
 MAX_SHARDS = 4096
 MAX_TOKEN_ID = (1 << 31) - 1
 
-# Where the text model lies inside checkpoints that also see: such prefixes become ours, other tensors stay unused.
+# Where the text model lies inside checkpoints that also see: such prefixes become ours, the seeing parts stay unused.
 TEXT_MODEL_TYPES = {"gemma3": "gemma3_text"}
 TEXT_PREFIXES = {
     "language_model.model.": "model.",
     "model.language_model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
+OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
 class SafetensorsCheckpoint:
@@ -48,6 +49,7 @@ class SafetensorsCheckpoint:
         if stated is None:
             self._refuse_other_contents()
         self.config = _text_config(stated, self._path.name)
+        self._unused = OTHER_PARTS if self.config is not stated else ()
         try:
             for name in self._shard_names():
                 self._shards.append(SafetensorsFile(self._path / name))
@@ -88,7 +90,7 @@ class SafetensorsCheckpoint:
         return template
 
     def tensor_names(self) -> Sequence[str]:
-        return list(self._stored)
+        return [name for name in self._stored if not name.startswith(self._unused)]
 
     def has_tensor(self, name: str) -> bool:
         return name in self._stored

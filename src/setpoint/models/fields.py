@@ -82,31 +82,58 @@ def heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
         )
     if config.get("head_dim") is None and hidden % query:
         raise ModelFileError(f"config 'hidden_size' ({hidden}) is not a multiple of 'num_attention_heads' ({query})")
-    return query, key_value, integer(config, "head_dim", 2, MAX_HEAD_DIM, default=hidden // query)
+    head_dim = integer(config, "head_dim", 2, MAX_HEAD_DIM, default=hidden // query)
+    if head_dim % 2:
+        raise ModelFileError(f"config 'head_dim' ({head_dim}) is odd; rotary embeddings turn pairs")
+    return query, key_value, head_dim
 
 
-def rope(config: Mapping[str, Any], theta_key: str = "rope_theta", default_theta: float = 10000.0) -> Rope:
+def full_attention_only(config: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError when the config gives some layers another kind of attention."""
+    types = config.get("layer_types") or ()
+    if not isinstance(types, (list, tuple)):
+        raise ModelFileError("config 'layer_types' must be a list")
+    if flag(config, "use_sliding_window", False) or any(kind != "full_attention" for kind in types):
+        raise UnsupportedModelError(f"{config.get('model_type')} with sliding-window layers is not supported")
+
+
+def rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> Rope:
     """The rotary embedding of a config, scaling included.
 
     Transformers 5 writes `rope_parameters` (theta and scaling together); before, `rope_theta` and `rope_scaling`.
     """
-    parameters = config.get("rope_parameters")
-    if isinstance(parameters, Mapping) and "rope_theta" in parameters:
-        return Rope(number(parameters, "rope_theta", 1.0, 1e12), scaling=rope_scaling(parameters))
-    return Rope(
-        number(config, theta_key, 1.0, 1e12, default=default_theta),
-        scaling=rope_scaling(config.get("rope_scaling")),
-    )
+    stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(stated, Mapping):
+        raise ModelFileError("config 'rope_scaling' or 'rope_parameters' must be an object")
+    beside = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    original = {"original_max_position_embeddings": config.get("max_position_embeddings")}
+    parameters = {**beside, **original, **stated}
+    if number(parameters, "partial_rotary_factor", 0.0, 1.0, default=1.0) != 1.0:
+        raise UnsupportedModelError("a 'partial_rotary_factor' other than 1 is not supported")
+    theta = number(parameters, "rope_theta", 1.01, 1e12, default=default_theta)
+    return Rope(theta, scaling=rope_scaling(parameters))
 
 
-def rope_scaling(scaling: Any) -> RopeScaling | None:
-    if scaling is None:
-        return None
-    if not isinstance(scaling, Mapping):
-        raise ModelFileError("config 'rope_scaling' must be an object")
+# What each kind of scaling may state; another key would change the angles without our knowing.
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "factor"}
+_SCALING_KEYS = {
+    "linear": _ROPE_KEYS,
+    "llama3": _ROPE_KEYS | {"low_freq_factor", "high_freq_factor"},
+    "yarn": _ROPE_KEYS | {"attention_factor", "beta_fast", "beta_slow", "finetuned"},
+}
+
+
+def rope_scaling(scaling: Mapping[str, Any]) -> RopeScaling | None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind in (None, "default"):
         return None
+    if not isinstance(kind, str) or kind not in _SCALING_KEYS:
+        raise UnsupportedModelError(
+            f"rope scaling {str(kind)[:64]!r} is not supported; supported: default, {', '.join(_SCALING_KEYS)}"
+        )
+    for key, value in scaling.items():
+        if key not in _SCALING_KEYS[kind] and value is not None:
+            raise UnsupportedModelError(f"'{str(key)[:64]}' of rope scaling '{kind}' is not supported")
     factor = number(scaling, "factor", 1.0, 1e6)
     if kind == "linear":
         return LinearScaling(factor)
@@ -117,13 +144,11 @@ def rope_scaling(scaling: Any) -> RopeScaling | None:
             number(scaling, "high_freq_factor", 1e-6, 1e6),
             integer(scaling, "original_max_position_embeddings", 1, MAX_POSITION),
         )
-    if kind == "yarn":
-        attention_factor = scaling.get("attention_factor")
-        return YarnScaling(
-            factor,
-            integer(scaling, "original_max_position_embeddings", 1, MAX_POSITION),
-            number(scaling, "beta_fast", 1e-3, 1e6, default=32.0),
-            number(scaling, "beta_slow", 1e-3, 1e6, default=1.0),
-            None if attention_factor is None else number(scaling, "attention_factor", 1e-6, 1e6),
-        )
-    raise UnsupportedModelError(f"rope scaling '{kind}' is not supported; supported: default, linear, llama3, yarn")
+    attention_factor = scaling.get("attention_factor")
+    return YarnScaling(
+        factor,
+        integer(scaling, "original_max_position_embeddings", 1, MAX_POSITION),
+        number(scaling, "beta_fast", 1e-3, 1e6, default=32.0),
+        number(scaling, "beta_slow", 1e-3, 1e6, default=1.0),
+        None if attention_factor is None else number(scaling, "attention_factor", 1e-6, 1e6),
+    )

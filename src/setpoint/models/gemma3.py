@@ -21,15 +21,29 @@ from setpoint.models.spec import (
     UnitOffsetRMSNorm,
 )
 
+# What Hugging Face assumes where a config is silent: those of the larger, seeing models are.
+DEFAULTS = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+}
+
 
 def build(config: Mapping[str, Any]) -> Model:
+    config = {**DEFAULTS, **config}
+    if fields.flag(config, "use_bidirectional_attention", False):
+        raise UnsupportedModelError("Gemma 3 with use_bidirectional_attention is not supported")
     hidden = fields.integer(config, "hidden_size", 1, fields.MAX_HIDDEN)
     layers = fields.integer(config, "num_hidden_layers", 1, fields.MAX_LAYERS)
     intermediate = fields.integer(config, "intermediate_size", 1, fields.MAX_INTERMEDIATE)
     heads, kv_heads, head_dim = fields.heads(config)
     eps = fields.number(config, "rms_norm_eps", 0.0, 1.0, default=1e-6)
     window = fields.integer(config, "sliding_window", 1, fields.MAX_POSITION)
-    scale = fields.number(config, "query_pre_attn_scalar", 1e-3, 1e6, default=float(head_dim)) ** -0.5
+    scale = fields.number(config, "query_pre_attn_scalar", 1e-3, 1e6) ** -0.5
     act = fields.activation(config, "hidden_activation", {"gelu_pytorch_tanh": "gelu_tanh"}, "gelu_pytorch_tanh")
     for softcap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if config.get(softcap) is not None:
@@ -74,8 +88,12 @@ def ropes(config: Mapping[str, Any]) -> tuple[Rope, Rope]:
         local, whole = nested.get("sliding_attention"), nested["full_attention"]
         if not isinstance(local, Mapping) or not isinstance(whole, Mapping):
             raise ModelFileError("config 'rope_parameters' must hold sliding_attention and full_attention")
-        return fields.rope({"rope_parameters": local}), fields.rope({"rope_parameters": whole})
-    local_theta = fields.number(config, "rope_local_base_freq", 1.0, 1e12, default=10000.0)
+        position = {"max_position_embeddings": config["max_position_embeddings"]}
+        return (
+            fields.rope({**position, "rope_parameters": local}),
+            fields.rope({**position, "rope_parameters": whole}, default_theta=1e6),
+        )
+    local_theta = fields.number(config, "rope_local_base_freq", 1.01, 1e12, default=10000.0)
     return Rope(local_theta), fields.rope(config, default_theta=1e6)
 
 

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from setpoint.errors import UnsupportedModelError
-from setpoint.models import fields, llama
+from setpoint.models import llama
 from setpoint.models.spec import Family, Model, Repeat
 
 
 def build(config: Mapping[str, Any]) -> Model:
-    if fields.flag(config, "use_sliding_window", False):
-        raise UnsupportedModelError("Qwen2 with use_sliding_window is not supported")
     plain = llama.build({**config, "attention_bias": False})
     layers = tuple(
         replace(block, attention=replace(block.attention, bias=("q_proj", "k_proj", "v_proj")))

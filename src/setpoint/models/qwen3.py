@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from setpoint.errors import UnsupportedModelError
 from setpoint.models import fields, llama
 from setpoint.models.spec import Family, Model, Repeat, RMSNorm
 
 
 def build(config: Mapping[str, Any]) -> Model:
-    if fields.flag(config, "use_sliding_window", False):
-        raise UnsupportedModelError("Qwen3 with use_sliding_window is not supported")
     plain = llama.build({**config, "head_dim": fields.integer(config, "head_dim", 2, fields.MAX_HEAD_DIM, default=128)})
     norms = (RMSNorm("self_attn.q_norm", plain.norm.eps), RMSNorm("self_attn.k_norm", plain.norm.eps))
     layers = tuple(replace(block, attention=replace(block.attention, qk_norm=norms)) for block in plain.layers.layers)

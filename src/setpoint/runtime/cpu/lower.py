@@ -70,6 +70,8 @@ def lower(model: Model, checkpoint: Checkpoint, groups: Sequence[KVGroup], optio
         raise ConfigError(
             "not enough memory for the weights and the KV cache; lower --kv-cache-memory-bytes"
         ) from error
+    except ValueError as error:
+        raise UnsupportedModelError(f"the model cannot be lowered: {error}") from error
     return LoweredModel(program, reader.num_bytes)
 
 
@@ -99,6 +101,7 @@ class _Lowering:
             model.norm.eps,
             self.reader.matrix(f"{model.head.tied or model.head.name}.weight", model.vocab_size, model.hidden),
         )
+        self.reader.check_all_read(f"{model.head.name}.weight")  # some store the tied matrix once more
 
     def slot(self, name: str, width: int) -> int:
         """One buffer per name and width, shared by all layers."""

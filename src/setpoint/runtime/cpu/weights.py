@@ -6,9 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from setpoint import _native
-from setpoint.errors import ModelFileError
+from setpoint.errors import ModelFileError, UnsupportedModelError
 from setpoint.loaders.checkpoint import Checkpoint, Tensor
 from setpoint.quant.formats import dequantize
+
+DERIVED = ".rotary_emb.inv_freq"  # buffers that old checkpoints hold; the config says the same
 
 
 class WeightReader:
@@ -18,13 +20,21 @@ class WeightReader:
         self._checkpoint = checkpoint
         self._pack = _native.Weight.pack_dequantized if as_float else _native.Weight.pack
         self.num_bytes = 0  # packed so far: what a step reads
+        self._names: set[str] = set()
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Raises ModelFileError when the tensor is missing or has another shape."""
         tensor = self._checkpoint.tensor(name)
+        self._names.add(name)
         if tensor.shape != shape:
             raise ModelFileError(f"tensor '{name}' is {list(tensor.shape)}, the config asks for {list(shape)}")
         return tensor
+
+    def check_all_read(self, *unneeded: str) -> None:
+        """Raises UnsupportedModelError for a tensor that nobody asked for: the mathematics would lack it."""
+        for name in self._checkpoint.tensor_names():
+            if name not in self._names and name not in unneeded and not name.endswith(DERIVED):
+                raise UnsupportedModelError(f"tensor {name[:80]!r} is not part of this model family as it is supported")
 
     def matrix(self, name: str, out_features: int, in_features: int) -> _native.Weight:
         tensor = self.tensor(name, (out_features, in_features))
