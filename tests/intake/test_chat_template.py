@@ -172,7 +172,7 @@ def test_what_cannot_be_continued_is_refused(sandbox: TemplateSandbox) -> None:
 def test_a_model_without_a_template_says_so() -> None:
     missing = ChatTemplate(None, bos_token="", eos_token="")
     assert not missing.is_available
-    with pytest.raises(RequestError, match="no chat template; use /v1/completions"):
+    with pytest.raises(RequestError, match="no chat template; use completions"):
         missing.render(HI)
 
 

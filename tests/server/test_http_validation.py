@@ -382,5 +382,7 @@ def test_tables_do_not_overlap() -> None:
 
 def test_model_without_template() -> None:
     with House(template=None) as bare:
-        assert_error(bare.post(CHAT, chat()), 400, "not_supported")
+        refused = bare.post(CHAT, chat())
+        assert_error(refused, 400, "not_supported")
+        assert refused.json()["error"]["message"] == "This model has no chat template; use completions."
         assert bare.post(COMPLETIONS, completion(max_tokens=1)).status_code == 200

@@ -92,7 +92,7 @@ def render(context: ServerContext, body: TemplateFields, messages: Sequence[Mess
     """The chat template applied to the messages. Raises RequestError, ApiError."""
     template = context.chat_template
     if template is None or not template.is_available:
-        raise ApiError("not_supported", "This model has no chat template; use /v1/completions.", status=400)
+        raise ApiError("not_supported", "This model has no chat template; use completions.", status=400)
     continues = bool(body.continue_final_message)
     documents = [document.model_dump(exclude_none=True) for document in body.documents or ()]
     return template.render(

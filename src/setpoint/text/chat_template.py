@@ -76,7 +76,7 @@ class ChatTemplate:
         Raises RequestError when the template refuses the messages, cannot use what is given, or reaches a limit.
         """
         if self._source is None:
-            raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+            raise RequestError("this model has no chat template; use completions", param="messages")
         self._check(tools, documents, kwargs)
         shaped = [_shape(message, self._content_form) for message in messages]
         mark, last_spaces = "", ""
