@@ -10,9 +10,10 @@ from typing import Any
 import httpx
 import pytest
 from canary import assert_clean
-from house import House, chat, completion, events, raw_request, until
+from house import TOKENIZER, House, chat, completion, events, raw_request, until
 
 from setpoint.engine.scheduler import SchedulerLimits
+from setpoint.text.stream import TextStream
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -60,7 +61,7 @@ def test_one_finish_reason_per_choice(house: House) -> None:
     """ST-3 over random requests."""
     rng = random.Random(4)
     with house.client() as client:
-        for number in range(150):
+        for number in range(1000):
             n = rng.choice([1, 1, 2, 3])
             body: dict[str, Any] = {"n": n, "temperature": 1, "seed": number, "max_tokens": rng.randint(1, 20)}
             usage = rng.random() < 0.5
@@ -89,6 +90,22 @@ def test_stream_equals_whole(house: House) -> None:
             assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["text"]
             last = chunks[-1]["choices"][0]
             assert (last["finish_reason"], last["stop_reason"]) == (whole["finish_reason"], whole["stop_reason"])
+
+
+def test_5000_texts_stream_as_they_are_whole() -> None:
+    """ST-6 below HTTP: tokens are bytes, so every character but ASCII is split; stop strings are cut from the text."""
+    rng = random.Random(66)
+    alphabet = [*"ab \n", "é", "世", "界", "🙂", "👩\u200d👩\u200d👧", "🏳️\u200d🌈", "e\u0301", "\ufffd"]
+    for _ in range(5000):
+        text = "".join(rng.choices(alphabet, k=rng.randint(1, 20)))
+        begin = rng.randrange(len(text))
+        stops = [text[begin : begin + rng.randint(1, 4)], "b\nb", "🙂🙂"][: rng.randint(0, 3)]
+        token_ids = TOKENIZER.encode(text, add_special_tokens=False)
+        stream = TextStream(TOKENIZER, stop=stops)
+        pieces = [stream.push([token_id], final=i == len(token_ids)) for i, token_id in enumerate(token_ids, start=1)]
+        ends = [(text.index(stop) + len(stop), -len(stop)) for stop in stops if stop in text]
+        end, minus_length = min(ends, default=(len(text), 0))
+        assert "".join(piece.text for piece in pieces) == text[: end + minus_length]
 
 
 def test_stop_strings_wait_for_min_tokens() -> None:

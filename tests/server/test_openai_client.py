@@ -86,14 +86,18 @@ def test_error_event_raises() -> None:
     """ST-2: a failure after the first token reaches the client as an exception, every time."""
 
     def fail_late(context: list[int]) -> int:
-        if len(context) > 35 and context[1] == ord("x"):
+        if context[-4:] == [ord("a")] * 4:
             raise RuntimeError("broken")
         return ord("a")
 
-    with House(next_token=fail_late, step_s=0.005) as house:
-        client = house.openai()
-        for _ in range(20):
-            stream = client.completions.create(model=MODEL, prompt="x" * 30, max_tokens=100, stream=True)
+    with House(next_token=fail_late, step_s=0.002) as house:
+        client = house.openai(max_retries=2)
+        for number in range(100):
+            if number % 2:
+                stream = client.completions.create(model=MODEL, prompt="x" * 30, max_tokens=100, stream=True)
+            else:
+                question = [{"role": "user", "content": "x" * 20}]
+                stream = client.chat.completions.create(model=MODEL, messages=question, max_tokens=100, stream=True)
             assert next(stream).choices
-            with pytest.raises(openai.APIError):
+            with pytest.raises(openai.APIError, match="failed while serving"):
                 list(stream)
