@@ -111,10 +111,8 @@ class _Collector:
         params, final = self.request.params, event.finish_reason is not None
         accepted, stop, text = len(event.token_ids), None, ""
         if params.detokenize:
-            visible = event.token_ids
-            if event.finish_reason == "stop" and not params.include_stop_str_in_output:
-                visible = visible[:-1]  # the token that ended the sequence is counted, not shown
-            delta = self.streams[event.index].push(visible, final=final)
+            ended = event.finish_reason == "stop"
+            delta = self.streams[event.index].push(event.token_ids, final=final, ended=ended)
             text, stop = delta.text, delta.stop
             accepted = accepted if stop is None else delta.num_tokens
         completion.token_ids.extend(event.token_ids[:accepted])

@@ -135,6 +135,16 @@ def test_after_its_stop_a_stream_is_silent() -> None:
     assert stream.push([2], final=True) == TextDelta("", "STOP", 0)
 
 
+def test_the_token_that_ends_a_sequence_counts_and_is_not_shown() -> None:
+    table = Table([b"a", b"b", b"END"])
+    assert TextStream(table).push([0, 1, 2], final=True, ended=True) == TextDelta("ab", None, 3)
+    assert TextStream(table, include_stop=True).push([0, 2], final=True, ended=True) == TextDelta("aEND", None, 2)
+    stopped = TextStream(table, stop=["b"]).push([0, 1, 2], final=True, ended=True)
+    assert stopped == TextDelta("a", "b", 2)  # the stop string came first
+    unfinished = TextStream(Table([b"\xf0", b"END"]), stop=["\ufffd"]).push([0, 1], final=True, ended=True)
+    assert unfinished == TextDelta("", "\ufffd", 1)
+
+
 def test_text_behind_the_stop_in_its_own_token_is_cut() -> None:
     assert TextStream(Table([b"one. two"]), stop=["."]).push([0]) == TextDelta("one", ".", 1)
     assert TextStream(Table([b"one. two"]), stop=["."], include_stop=True).push([0]) == TextDelta("one.", ".", 1)

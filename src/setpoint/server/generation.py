@@ -195,10 +195,7 @@ class Generation:
     def _piece(self, index: int, choice: _Choice, event: Event) -> Piece:
         token_ids, reason = event.token_ids, event.finish_reason
         stop_reason: str | int | None = event.stop_reason
-        visible = token_ids
-        if reason == "stop" and not choice.params.include_stop_str_in_output:
-            visible = token_ids[:-1]  # the token that ended the output is counted, not shown
-        delta = choice.stream.push(visible, final=reason is not None)
+        delta = choice.stream.push(token_ids, final=reason is not None, ended=reason == "stop")
         if delta.stop is not None:
             token_ids = token_ids[: delta.num_tokens]
             if reason is None:

@@ -68,20 +68,26 @@ class TextStream:
         self._pending = ""  # decoded, but may begin a stop string
         self._found: str | None = None
 
-    def push(self, token_ids: Sequence[int], *, final: bool = False) -> TextDelta:
-        """Add tokens; `final`, in the last call, gives out what is held back. After a stop string nothing comes out."""
+    def push(self, token_ids: Sequence[int], *, final: bool = False, ended: bool = False) -> TextDelta:
+        """Add tokens; `final`, in the last call, gives out what is held back. After a stop string nothing comes out.
+
+        `ended`: the last token is the one that ended the sequence. It counts, and is text only with `include_stop`.
+        """
+        if self._found is not None:
+            return TextDelta("", self._found, 0)
         pieces: list[str] = []
-        for num_read, token_id in enumerate(token_ids, start=1):
-            if self._found is not None:
-                return TextDelta("".join(pieces), self._found, num_read - 1)
+        shown = token_ids[:-1] if ended and not self._include_stop else token_ids
+        for num_read, token_id in enumerate(shown, start=1):
             self._num_tokens += 1
             if token_id not in self._skipped:
                 pieces.append(self._read(self._tokenizer.token_bytes(token_id)))
-        if final and self._found is None:
+                if self._found is not None:
+                    return TextDelta("".join(pieces), self._found, num_read)
+        if final:
             pieces.append(self._read(b"", final=True))
             pieces.append(self._pending)
             self._pending = ""
-        return TextDelta("".join(pieces), self._found, len(token_ids))
+        return TextDelta("".join(pieces), self._found, len(token_ids if self._found is None else shown))
 
     def _read(self, token: bytes, *, final: bool = False) -> str:
         """The text that these bytes set free."""
