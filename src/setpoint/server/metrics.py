@@ -7,6 +7,7 @@ Only what exists is exported: no gauge without a setter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -149,9 +150,8 @@ class _EngineCollector(Collector):
         yield from self._gauges(stats)
         yield from self._counters(stats)
         yield self._step_tokens(stats)
-        yield self._family(GaugeMetricFamily, "vllm:cache_config_info", "The KV cache.", self._cache_info)
-        build = {"version": self._version}
-        yield self._family(GaugeMetricFamily, "setpoint_build_info", "This build.", build)
+        yield self._family(GaugeMetricFamily, "vllm:cache_config_info", "The KV cache.", 1, self._cache_info)
+        yield self._family(GaugeMetricFamily, "setpoint_build_info", "This build.", 1, {"version": self._version})
 
     def _gauges(self, stats: EngineStats) -> Iterator[Metric]:
         for name, text, value in (
@@ -162,9 +162,7 @@ class _EngineCollector(Collector):
             ("setpoint_engine_heartbeat_age_seconds", "Since the engine loop last advanced.", stats.heartbeat_age_s),
             ("setpoint_kv_blocks_leaked", "Blocks used by no sequence; must be 0.", stats.kv_blocks_leaked),
         ):
-            family = GaugeMetricFamily(name, text, labels=_LABELS)
-            family.add_metric(self._labels, value)
-            yield family
+            yield self._family(GaugeMetricFamily, name, text, value)
         reasons = {"capacity": stats.num_waiting, "deferred": stats.num_deferred}
         yield self._split(
             GaugeMetricFamily, "vllm:num_requests_waiting_by_reason", "Sequences waiting, by why.", "reason", reasons
@@ -180,9 +178,7 @@ class _EngineCollector(Collector):
             ("vllm:prompt_tokens_cached", "Of these, cached.", totals.prompt_tokens_cached),
             ("vllm:generation_tokens", "Tokens generated.", totals.generation_tokens),
         ):
-            family = CounterMetricFamily(name, text, labels=_LABELS)
-            family.add_metric(self._labels, value)
-            yield family
+            yield self._family(CounterMetricFamily, name, text, value)
         cached = totals.prompt_tokens_cached
         sources = {"local_compute": totals.prompt_tokens - cached, "local_cache_hit": cached}
         yield self._split(
@@ -220,7 +216,14 @@ class _EngineCollector(Collector):
             family.add_metric((*self._labels, key), value)
         return family
 
-    def _family(self, family_type: type[GaugeMetricFamily], name: str, text: str, labels: Mapping[str, str]) -> Metric:
-        family = family_type(name, text, labels=(*_LABELS, *labels))
-        family.add_metric((*self._labels, *labels.values()), 1)
+    def _family(
+        self,
+        family_type: type[GaugeMetricFamily] | type[CounterMetricFamily],
+        name: str,
+        text: str,
+        value: float,
+        more_labels: Mapping[str, str] = MappingProxyType({}),
+    ) -> Metric:
+        family = family_type(name, text, labels=(*_LABELS, *more_labels))
+        family.add_metric((*self._labels, *more_labels.values()), value)
         return family
