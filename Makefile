@@ -41,11 +41,13 @@ $(PARITY)/.installed: pyproject.toml
 	@test -x $(PARITY)/bin/python || python3 -m venv $(PARITY)
 	$(PARITY)/bin/python -m pip install --quiet --upgrade pip
 	$(PARITY)/bin/python -m pip install --quiet torch==2.13.0 "transformers>=4.57" "gguf>=0.17" "safetensors>=0.5" "numpy>=2.0" \
-		sentencepiece regex
+		sentencepiece regex accelerate
 	@touch $@
 
 parity: $(VENV)/.installed $(PARITY)/.installed
-	$(PARITY)/bin/python tests/parity/make_goldens.py --check
+	$(PARITY)/bin/python tests/parity/make_goldens.py --check \
+		smollm2-135m=$$($(VENV)/bin/setpoint models pull smollm2-135m) \
+		gemma3-270m=$$($(VENV)/bin/setpoint models pull gemma3-270m)
 	$(PARITY)/bin/python tests/parity/make_tokenizer_goldens.py --check
 	$(PYTHON) -m pytest tests/parity
 

@@ -21,6 +21,9 @@ from setpoint.quant.formats import quantize
 
 Array = NDArray[np.float32]
 
+REAL_PROMPT = list(range(500, 564))  # what the real models read in the parity tests
+REAL_STRIDE = 997  # of the logits that are kept
+
 BYTE_TOKENS = 256
 VOCABULARY = 288
 BOS, EOS = 256, 257

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from forward import Logits, Walk, all_logits, open_runner
-from tiny_models import TinyModel, prompts
+from forward import Logits, Walk, all_logits, open_runner, plain
+from tiny_models import REAL_PROMPT, REAL_STRIDE, TinyModel, prompts
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE = 1e-4  # largest difference, relative to the largest logit
@@ -60,3 +60,16 @@ def test_both_file_formats_give_the_same_bits(tiny: TinyModel, tiny_directory: P
         assert relative_error(results[0], results[1]) <= 1e-6
     else:
         assert np.array_equal(results[0], results[1])
+
+
+@pytest.mark.parametrize(("alias", "fixture"), [("smollm2-135m", "smollm2_path"), ("gemma3-270m", "gemma3_path")])
+def test_a_real_model(alias: str, fixture: str, request: pytest.FixtureRequest) -> None:
+    """The f32 program over the quantized file against transformers over the same file, dequantized."""
+    path = request.getfixturevalue(fixture)
+    runner = open_runner(path, dtype="f32", kv_dtype="f32", kv_cache_memory_bytes=256 << 20)
+    ours = plain(runner, REAL_PROMPT)
+    runner.close()
+    with np.load(GOLDENS / f"real-{alias}.npz") as stored:
+        assert np.array_equal(ours.argmax(axis=1), stored["most_likely"])
+        error = np.abs(ours[:, ::REAL_STRIDE] - stored["logits"]).max() / stored["largest"]
+    assert error <= TOLERANCE
