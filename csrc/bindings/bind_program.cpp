@@ -196,11 +196,11 @@ void bind_program(nb::module_& m) {
           },
           nb::keep_alive<1, 5>(), "in_"_a, "norm"_a, "eps"_a, "weight"_a)
       .def("step", &with_inputs<&Program::step>, "tokens"_a, "entry_starts"_a, "entry_positions"_a, "tables"_a, "rows"_a, "penalty_ids"_a,
-           "penalty_counts"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "logits"_a = nb::none(),
+           "penalty_counts"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "logits"_a.noconvert() = nb::none(),
            "Runs one step without the GIL. Raises ValueError on inputs out of "
            "bounds, before anything is computed.")
       .def("check", &with_inputs<&Program::check>, "tokens"_a, "entry_starts"_a, "entry_positions"_a, "tables"_a, "rows"_a, "penalty_ids"_a,
-           "penalty_counts"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "logits"_a = nb::none(),
+           "penalty_counts"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "logits"_a.noconvert() = nb::none(),
            "Raises what step would raise, and computes nothing.")
       .def_prop_ro("outputs", &outputs,
                    "uint8 [max_rows, ROW_OUTPUT_BYTES]: records of the last "

@@ -2,6 +2,8 @@
 
 #include "core/affinity.h"
 
+#include <unistd.h>
+
 #include <chrono>
 #include <stdexcept>
 #include <utility>
@@ -61,6 +63,7 @@ void ThreadPool::wait_while(std::atomic<int>& word, int value) {
 }
 
 void ThreadPool::start_workers() {
+  process_ = getpid();
   workers_.reserve(static_cast<size_t>(num_threads_ - 1));
   for (int thread = static_cast<int>(workers_.size()) + 1; thread < num_threads_; ++thread)
     workers_.emplace_back([this, thread] { work(thread); });
@@ -96,6 +99,8 @@ void ThreadPool::call(int thread) noexcept {
 
 void ThreadPool::run_task(Task task, void* context) {
   if (static_cast<int>(workers_.size()) + 1 < num_threads_) start_workers();
+  if (num_threads_ > 1 && process_ != getpid())
+    throw std::runtime_error("threads do not survive a fork; open the model in the process that uses it");
   const ScopedPin pin(cpus_.empty() || num_threads_ == 1 ? -1 : cpus_[0]);
   task_ = task;
   context_ = context;

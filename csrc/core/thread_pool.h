@@ -18,8 +18,9 @@ namespace setpoint {
 
 class ThreadPool {
  public:
-  // No thread starts before the first run, so a process may still fork. Throws
-  // std::invalid_argument below 1.
+  // No thread starts before the first run, so a process may still fork; after
+  // it, a forked child cannot run (its threads are gone) and is told so by
+  // std::runtime_error. Throws std::invalid_argument below 1.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -55,6 +56,7 @@ class ThreadPool {
   const std::vector<int> cpus_;  // one a thread; empty with more threads than
                                  // CPUs: then nobody is pinned or spins
   std::vector<std::thread> workers_;
+  int process_ = 0;  // whose threads the workers are
   Task task_ = nullptr;
   void* context_ = nullptr;
   bool stopping_ = false;

@@ -238,7 +238,7 @@ int gather_mass(const float* x, int vocab, double top_p, double total, SampleScr
 }
 
 int32_t draw(const SampleArgs& a, float max, SampleScratch& s) {
-  const Softmax softmax{max, std::min(1.f / a.temperature, FLT_MAX), std::min(a.min_p, 1.f)};
+  const Softmax softmax{max, std::min(1.f / a.temperature, FLT_MAX), std::min(1.f, a.min_p)};  // in this order a NaN is 1
   const double uniform = random_uniform(a.seed, a.position);
   const double top_p = std::max(a.top_p, 0.f);
   const bool by_rank = a.top_k > 0 && a.top_k < a.vocab, by_mass = a.top_p < 1.f;

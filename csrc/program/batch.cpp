@@ -116,7 +116,7 @@ void Batch::check_rows(const StepInputs& inputs) const {
     if (row.token < 0 || index(row.token) >= inputs.tokens.size()) refuse("row " + std::to_string(r) + " names no token of the step");
     if (row.target < -1 || row.target >= limits_.vocab) refuse("row " + std::to_string(r) + ": target outside the vocabulary");
     if (row.num_logprobs < -1 || row.num_logprobs > 20) refuse("row " + std::to_string(r) + ": at most 20 logprobs");
-    if (row.top_k < 0 || !std::isfinite(row.temperature) || row.temperature < 0)
+    if (row.top_k < 0 || !std::isfinite(row.temperature) || row.temperature < 0 || std::isnan(row.top_p) || std::isnan(row.min_p))
       refuse("row " + std::to_string(r) + ": bad sampling values");
     check_range(row.penalty_begin, row.penalty_end, inputs.penalty_ids.size(), "penalties", number);
     check_range(row.bias_begin, row.bias_end, inputs.bias_ids.size(), "biases", number);

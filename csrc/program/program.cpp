@@ -181,13 +181,26 @@ void Program::run_stages(const Step& step, int thread) {
   }
 }
 
-void Program::check(const StepInputs& inputs) {
+const RowOutput* Program::outputs() const {
   require(head_ != nullptr, "the program has no head yet");
+  return head_->outputs();
+}
+
+std::unique_lock<std::mutex> Program::enter() {
+  require(head_ != nullptr, "the program has no head yet");
+  std::unique_lock entered(stepping_, std::try_to_lock);
+  if (!entered) throw std::runtime_error("another thread is in a step of this program");
+  return entered;
+}
+
+void Program::check(const StepInputs& inputs) {
+  const auto entered = enter();
   batch_->load(inputs);
 }
 
 void Program::step(const StepInputs& inputs) {
-  check(inputs);
+  const auto entered = enter();
+  batch_->load(inputs);
   const Step step{kernels_, *batch_, kv_, work_, pool_};
   for (const auto& stage : stages_) stage->prepare(step);
   if (!profiling_) {

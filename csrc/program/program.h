@@ -6,6 +6,7 @@
 #pragma once
 #include <array>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -51,10 +52,11 @@ class Program {
   void head(int in, std::vector<float> norm_weight, float eps, const PackedWeight& weight);
 
   // One step. Throws std::invalid_argument on bad inputs before anything has
-  // run. The rows' outputs stay valid until the next step.
+  // run, std::runtime_error while another thread is in a step. The rows' outputs
+  // stay valid until the next step.
   void step(const StepInputs& inputs);
   void check(const StepInputs& inputs);  // throws what step would throw, runs nothing
-  const RowOutput* outputs() const { return head_->outputs(); }
+  const RowOutput* outputs() const;
 
   const Limits& limits() const { return limits_; }
   const char* isa() const { return kernels_.isa; }
@@ -73,6 +75,7 @@ class Program {
   void add_row_op(std::unique_ptr<RowOp> op, int written);
   void quantize(int slot, int k);
   void written(int slot);
+  std::unique_lock<std::mutex> enter();  // one caller at a time
   void run_stages(const Step& step, int thread);
 
   const Limits limits_;
@@ -90,6 +93,7 @@ class Program {
   int max_quantized_ = 0;
   size_t attention_floats_ = 0, split_floats_ = 0, partial_floats_ = 0;
   std::optional<Batch> batch_;
+  std::mutex stepping_;
   bool profiling_ = false;
   std::array<double, kStageKinds> seconds_{};
 };

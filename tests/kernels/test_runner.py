@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from program_models import MODELS, VOCAB, MemoryCheckpoint, open_runner, run, same_bits, tables, tokens_of
 from program_oracle import logits as oracle_logits
 
+from setpoint import _native
 from setpoint.engine.plan import EntryResult, LogitsRow, PlanEntry, RowSampling, StepPlan
 from setpoint.errors import ConfigError, EngineError, ModelFileError, UnsupportedModelError
+from setpoint.runtime.cpu.arrays import StepArrays
 from setpoint.runtime.cpu.runner import CpuRunner
 
 
@@ -116,6 +119,8 @@ def malformed(good: PlanEntry) -> Mapping[str, PlanEntry]:
         "allowed id": replace(good, rows=[greedy(0, allowed_ids=(-5,))]),
         "penalty id": replace(good, rows=[greedy(0, penalty_ids=(1 << 33,), penalty_counts=(1,))]),
         "temperature": replace(good, rows=[LogitsRow(0, RowSampling(temperature=float("nan")))]),
+        "top_p": replace(good, rows=[LogitsRow(0, RowSampling(top_p=float("nan")))]),
+        "min_p": replace(good, rows=[LogitsRow(0, RowSampling(top_p=0.5, min_p=float("nan")))]),
         "seed": replace(good, rows=[greedy(0, seed=1 << 70)]),
     }
 
@@ -146,6 +151,51 @@ def test_too_much_for_one_step_is_an_engine_error(small_runner: CpuRunner) -> No
     with pytest.raises(EngineError):
         small_runner.execute(StepPlan([replace(GOOD, block_tables=([i],)) for i in range(9)]))
     assert small_runner.execute(StepPlan([])).entries == ()
+
+
+def test_one_step_at_a_time() -> None:
+    """A second thread is turned away, whatever the first is doing, and disturbs nothing."""
+    model = MODELS["grouped"]
+    runner = open_runner(model, MemoryCheckpoint(model))
+    tokens = tokens_of(40)
+    expected = run(runner, tokens, [40])
+    refused = 0
+
+    def steps() -> None:
+        nonlocal refused
+        arrays = StepArrays(1, 1, 256, 16)
+        logits = np.empty((40, VOCAB), np.float32)
+        rows = [LogitsRow(row, target=0) for row in range(40)]
+        arrays.load([PlanEntry(0, tokens, 0, tables(runner, 40), rows)], logits)
+        for _ in range(5000):
+            logits[:] = 0
+            try:
+                runner.program.step(*arrays.arguments)
+            except RuntimeError:
+                refused += 1
+            else:
+                assert same_bits(logits, expected)
+            if refused > 20:
+                return
+
+    with ThreadPoolExecutor(2) as callers:
+        for outcome in [callers.submit(steps) for _ in range(2)]:
+            outcome.result()
+    assert refused > 20
+
+
+def test_a_program_without_a_head_has_no_outputs() -> None:
+    limits = {"vocab": 8, "max_tokens": 8, "max_entries": 1, "max_rows": 8, "max_model_len": 16}
+    program = _native.Program(isa="auto", num_threads=1, kv_format="f16", **limits)
+    with pytest.raises(ValueError, match="no head"):
+        _ = program.outputs
+
+
+def test_logits_are_never_written_to_a_converted_copy(small_runner: CpuRunner) -> None:
+    arrays = StepArrays(1, 1, 256, 16)
+    arrays.load([GOOD])
+    with pytest.raises(TypeError):
+        small_runner.program.step(*arrays.arguments[:-1], np.empty((1, VOCAB)))
 
 
 def test_a_wrong_tensor_is_named() -> None:

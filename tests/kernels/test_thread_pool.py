@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 
 import pytest
@@ -55,6 +56,21 @@ def test_the_callers_affinity_is_left_alone() -> None:
     before = os.sched_getaffinity(0)
     ThreadPool(len(before)).rehearse(1)
     assert os.sched_getaffinity(0) == before
+
+
+def test_a_forked_child_is_told_that_its_threads_are_gone() -> None:
+    pool = ThreadPool(2)
+    pool.rehearse(1)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)  # a child that hangs dies
+        try:
+            pool.rehearse(1)
+        except RuntimeError as error:
+            os._exit(0 if "fork" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert pool.rehearse(3) == 3
 
 
 @pytest.mark.parametrize("size", [0, -1, 1 << 20])

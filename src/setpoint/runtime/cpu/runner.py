@@ -16,7 +16,7 @@ from setpoint.engine.plan import (
     StepPlan,
     StepResult,
 )
-from setpoint.errors import EngineError
+from setpoint.errors import ConfigError, EngineError
 from setpoint.loaders.checkpoint import Checkpoint
 from setpoint.models.spec import Model
 from setpoint.runtime.cpu.arrays import ROW_OUTPUT, StepArrays
@@ -53,7 +53,12 @@ class CpuRunner:
         self.isa: str = lowered.program.isa
         self.weight_bytes = lowered.weight_bytes
         self._info = RunnerInfo(model.vocab_size, max_model_len, groups, BLOCK_TOKENS)
-        self._arrays = StepArrays(len(groups), max_num_seqs, max_model_len, BLOCK_TOKENS)
+        try:
+            self._arrays = StepArrays(len(groups), max_num_seqs, max_model_len, BLOCK_TOKENS)
+        except MemoryError as error:
+            raise ConfigError(
+                "not enough memory for the block tables; lower --max-num-seqs or --max-model-len"
+            ) from error
         self._outputs = self.program.outputs.view(ROW_OUTPUT).reshape(-1)
 
     @property
