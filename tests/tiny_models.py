@@ -7,7 +7,7 @@ and the logits with the reference implementation.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -297,8 +297,8 @@ def _permuted(rows: Array, heads: int) -> Array:
     return rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def write_gguf(tiny: TinyModel, path: Path, *, format: str = "F32", head_format: str | None = None) -> Path:
-    """The same weights as GGUF; matrices in `format` where their rows fit its blocks, the rest in F32."""
+def write_gguf(tiny: TinyModel, path: Path, *, format: str = "F32", formats: Mapping[str, str] | None = None) -> Path:
+    """The same weights as GGUF: matrices in `format`, the rest in F32, but `formats` by Hugging Face name first."""
     config, arch = tiny.config, tiny.gguf_architecture
     metadata: dict[str, Any] = {
         "general.architecture": arch,
@@ -330,7 +330,10 @@ def write_gguf(tiny: TinyModel, path: Path, *, format: str = "F32", head_format:
     if config.get("sliding_window"):
         metadata[f"{arch}.attention.sliding_window"] = config["sliding_window"]
     metadata |= rope_scaling_metadata(tiny)
-    tensors = [_gguf_tensor(tiny, name, value, format, head_format) for name, value in weights(tiny).items()]
+    tensors = []
+    for name, value in weights(tiny).items():
+        kind = (formats or {}).get(name, format if value.ndim == 2 else "F32")
+        tensors.append(_gguf_tensor(tiny, name, value, kind))
     if (config.get("rope_scaling") or {}).get("rope_type") == "llama3":
         factors = llama3_factors(tiny)
         tensors.append(("rope_freqs.weight", factors.shape, "F32", factors.reshape(1, -1).view(np.uint8)))
@@ -339,18 +342,15 @@ def write_gguf(tiny: TinyModel, path: Path, *, format: str = "F32", head_format:
     return path
 
 
-def _gguf_tensor(tiny: TinyModel, name: str, value: Array, format: str, head_format: str | None) -> tuple[Any, ...]:
+def _gguf_tensor(tiny: TinyModel, name: str, value: Array, format: str) -> tuple[Any, ...]:
     stored = value
     if tiny.gguf_architecture in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
         key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
         stored = _permuted(value, tiny.config[key])
     if tiny.unit_offset and "norm" in name:
         stored = value + np.float32(1.0)
-    kind = "F32"
-    if stored.ndim == 2:
-        kind = head_format if head_format and name in ("lm_head.weight", "model.embed_tokens.weight") else format
     rows = np.ascontiguousarray(stored.reshape(1, -1) if stored.ndim == 1 else stored)
-    return gguf_name(tiny, name), stored.shape, kind, quantize(kind, rows)
+    return gguf_name(tiny, name), stored.shape, format, quantize(format, rows)
 
 
 def rope_scaling_metadata(tiny: TinyModel) -> dict[str, Any]:
