@@ -130,7 +130,8 @@ def test_preempted(tiny: TinyModel, tiny_q8: Path) -> None:
     try:
         requests = mixed_requests(8, seed=4)
         outcome, scheduler = generate(small, requests)
-        assert scheduler.counters.preemptions > 0
+        grows = any(group.window is None for group in small.info.kv_groups)  # a small window is set aside at admission
+        assert (scheduler.counters.preemptions > 0) == grows
     finally:
         small.close()
     large = open_runner(tiny_q8)
