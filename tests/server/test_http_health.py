@@ -118,7 +118,8 @@ def test_full_queue_is_still_ready() -> None:
         socks = [house.connect() for _ in range(3)]
         for sock in socks:
             sock.sendall(raw_request(PATH, json.dumps(completion(max_tokens=100, ignore_eos=True)).encode()))
-        until(lambda: house.engine.stats().num_waiting >= 1)
+            until(lambda: house.engine.stats().num_running == 1)  # the first runs, the second waits, the third is late
+        until(lambda: house.engine.stats().num_waiting == 1)
         assert reasons(house, "/readyz") == (200, [])
         for sock in socks:
             sock.close()
