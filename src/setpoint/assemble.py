@@ -53,10 +53,10 @@ class Assembly:
     phases: dict[str, float] = field(default_factory=dict)  # start-up phase -> seconds
 
 
-def model_facts(model: Model) -> ModelFacts:
+def model_facts(model: Model, weight_bytes: int = 0) -> ModelFacts:
     layers = model.layers.layers
     values = sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in layers)
-    return ModelFacts(model.max_position, values)
+    return ModelFacts(model.max_position, values, weight_bytes)
 
 
 def load_model(name: str, *, progress: Progress = silent) -> LoadedModel:
@@ -97,7 +97,7 @@ def build_engine(
     began = clock()
     loaded = load_model(config.model, progress=progress)
     phases["open"] = clock() - began
-    resolved, reasons = resolve(config, this_machine(), model_facts(loaded.model))
+    resolved, reasons = resolve(config, this_machine(), model_facts(loaded.model, loaded.checkpoint.num_bytes))
 
     phase("loading weights")
     began = clock()

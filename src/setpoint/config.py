@@ -97,7 +97,7 @@ class EngineConfig:
     )
     kv_cache_memory_bytes: int | None = knob(
         None,
-        "Memory of the KV cache. Default: a quarter of the free memory, at most what can be used.",
+        "Memory of the KV cache. Default: a quarter of what the weights leave free, at most what can be used.",
         unit="bytes",
         low=1,
         high=1 << 46,
@@ -173,6 +173,7 @@ class ModelFacts:
 
     max_position: int
     kv_values_per_token: int  # K and V numbers a token adds over all layers
+    weight_bytes: int = 0  # at least; they are in memory before the cache is
 
 
 def resolve(config: EngineConfig, machine: Machine, model: ModelFacts) -> tuple[EngineConfig, list[Reason]]:
@@ -197,20 +198,26 @@ def resolve(config: EngineConfig, machine: Machine, model: ModelFacts) -> tuple[
     if threads is None:
         threads = machine.num_cpus
         derived["num_threads"] = (threads, "one per CPU this process may use")
+    free = machine.available_memory_bytes - model.weight_bytes
+    if free <= 0:
+        raise ConfigError(
+            f"the weights take {model.weight_bytes / GIB:.1f} GiB, {machine.available_memory_bytes / GIB:.1f} GiB of "
+            "memory are free; choose a smaller model or a coarser weight format"
+        )
     token_bytes = model.kv_values_per_token * (4 if kv_dtype == "f32" else 2)
     kv_bytes = config.kv_cache_memory_bytes
     if kv_bytes is None:
         most = token_bytes * context * config.max_num_seqs
-        kv_bytes = max(min(machine.available_memory_bytes // 4, most), token_bytes * 16)
-        why = "all sequences at full context fit" if kv_bytes == most else "a quarter of the free memory"
+        kv_bytes = max(min(free // 4, most), token_bytes * 16)
+        why = "all sequences at full context fit" if kv_bytes == most else "a quarter of the memory the weights leave"
         derived["kv_cache_memory_bytes"] = (kv_bytes, why)
         shortest = kv_bytes // token_bytes
         if shortest < context and config.max_model_len is None:
             context = max(shortest // 16 * 16, 16)
             derived["max_model_len"] = (context, f"the KV cache of {kv_bytes / GIB:.1f} GiB holds no more")
-    elif kv_bytes > machine.available_memory_bytes:
+    elif kv_bytes > free:
         raise ConfigError(
-            f"--kv-cache-memory-bytes {kv_bytes} is more than the {machine.available_memory_bytes} bytes of free memory"
+            f"--kv-cache-memory-bytes {kv_bytes} is more than the {free} bytes of free memory that the weights leave"
         )
     if kv_bytes < token_bytes * context:
         raise ConfigError(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,21 +73,32 @@ def test_a_small_machine_gets_a_shorter_context() -> None:
     [
         ({"max_model_len": 9000}, "8192"),
         ({"kv_cache_memory_bytes": 1 << 45}, "free memory"),
+        ({"kv_cache_memory_bytes": 7 * GIB}, "free memory"),
         ({"kv_cache_memory_bytes": 1 << 20, "max_model_len": 4096}, "less than one sequence"),
     ],
 )
 def test_what_cannot_be_held_is_refused(knobs: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        resolve(EngineConfig(model="m", **knobs), MACHINE, MODEL)  # type: ignore[arg-type]
+        resolve(EngineConfig(model="m", **knobs), MACHINE, replace(MODEL, weight_bytes=2 * GIB))  # type: ignore[arg-type]
 
 
-@given(memory=st.integers(1 << 26, 1 << 40), seqs=st.integers(1, 256), context=st.integers(16, 1 << 20))
-def test_resolve_never_promises_more_than_there_is(memory: int, seqs: int, context: int) -> None:
-    facts = ModelFacts(context, MODEL.kv_values_per_token)
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded() -> None:
+    with pytest.raises(ConfigError, match=r"weights take 8\.0 GiB, 8\.0 GiB of memory are free"):
+        resolve(EngineConfig(model="m"), MACHINE, replace(MODEL, weight_bytes=8 * GIB))
+
+
+@given(
+    memory=st.integers(1 << 26, 1 << 40),
+    seqs=st.integers(1, 256),
+    context=st.integers(16, 1 << 20),
+    weights=st.integers(0, 1 << 25),
+)
+def test_resolve_never_promises_more_than_there_is(memory: int, seqs: int, context: int, weights: int) -> None:
+    facts = ModelFacts(context, MODEL.kv_values_per_token, weights)
     resolved, _ = resolve(EngineConfig(model="m", max_num_seqs=seqs), Machine(2, memory), facts)
     assert resolved.kv_cache_memory_bytes is not None
     assert resolved.max_model_len is not None
-    assert resolved.kv_cache_memory_bytes <= memory
+    assert resolved.kv_cache_memory_bytes <= memory - weights
     assert resolved.max_model_len <= context
     assert resolved.max_model_len * MODEL.kv_values_per_token * 2 <= resolved.kv_cache_memory_bytes
 

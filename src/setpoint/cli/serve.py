@@ -94,7 +94,7 @@ def _print_reasons(config: EngineConfig) -> None:
 
     with DownloadBar() as bar:
         loaded = load_model(config.model, progress=bar)
-    _, reasons = resolve(config, this_machine(), model_facts(loaded.model))
+    _, reasons = resolve(config, this_machine(), model_facts(loaded.model, loaded.checkpoint.num_bytes))
     width = max(len(reason.knob) for reason in reasons)
     for reason in reasons:
         print(f"{reason.knob:<{width}}  {reason.value!s:>12}  {reason.source:<8}  {reason.why}")

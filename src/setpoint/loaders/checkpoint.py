@@ -64,6 +64,10 @@ class Checkpoint(Protocol):
     def name(self) -> str:
         """For display: the author's name for the model, else the file's."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the weight files; the weights take about as much memory."""
+
     def tensor_names(self) -> Sequence[str]:
         """Of the text model: what does not belong to it (a vision tower) is left out."""
 

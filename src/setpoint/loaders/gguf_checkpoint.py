@@ -54,6 +54,10 @@ class GGUFCheckpoint:
     def generation(self) -> GenerationDefaults:
         return gguf_tokenizer.read_generation(self._first, self.tokenizer)
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.size for part in self._parts)
+
     def tensor_names(self) -> Sequence[str]:
         return list(self._stored)
 

@@ -89,6 +89,10 @@ class SafetensorsCheckpoint:
             self._fail(f"'chat_template' of tokenizer_config.json must be a string of at most {MAX_TEMPLATE_BYTES}")
         return template
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.size for shard in self._shards)
+
     def tensor_names(self) -> Sequence[str]:
         return [name for name in self._stored if not name.startswith(self._unused)]
 
