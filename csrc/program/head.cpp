@@ -8,6 +8,7 @@ namespace setpoint {
 namespace {
 
 constexpr size_t kLogitsBytes = size_t{32} << 20;
+constexpr int kPlanePanels = 12;  // both planes pass over so many panels while these are in the cache
 
 bool is_quantized(const PackedWeight& weight) { return weight.codes == Codes::u4 || weight.codes == Codes::u8; }
 
@@ -30,7 +31,10 @@ HeadStage::HeadStage(int in, bool selected, Norm norm, PackedWeight weight, cons
       schedules_(static_cast<size_t>((limits.max_rows + chunk_rows_ - 1) / chunk_rows_)) {
   if (weight.n != limits.vocab || static_cast<size_t>(weight.k) != norm_.weight.size())
     throw std::invalid_argument("the head's weight must be [vocab, hidden]");
-  if (is_quantized(weight)) quantized_ = QuantizedActivations(chunk_rows_, weight.k);
+  if (is_quantized(weight)) {
+    coarse_ = QuantizedActivations(chunk_rows_, weight.k);
+    fine_ = QuantizedActivations(chunk_rows_, weight.k);
+  }
   scratch_.reserve(static_cast<size_t>(threads));
   for (int thread = 0; thread < threads; ++thread) scratch_.emplace_back(limits.vocab, isa);
 }
@@ -59,7 +63,10 @@ void HeadStage::gather(const Step& step, int chunk, int thread) {
     const int local = row - chunk * chunk_rows_;
     const float* x = in.row(selected_ ? row : step.batch.inputs().rows[static_cast<size_t>(row)].token);
     step.kernels.rms_norm(x, in.stride, norm_.weight.data(), norm_.eps, 1, hidden_.width, hidden_.row(local), hidden_.stride);
-    if (is_quantized(weight_)) quantized_.quantize(step.kernels, hidden_.row(local), hidden_.stride, local, 1, weight_.k);
+    if (!is_quantized(weight_)) continue;
+    coarse_.quantize(step.kernels, hidden_.row(local), hidden_.stride, local, 1, weight_.k);
+    coarse_.subtract_from(hidden_.row(local), local, weight_.k);
+    fine_.quantize(step.kernels, hidden_.row(local), hidden_.stride, local, 1, weight_.k);
   }
 }
 
@@ -68,15 +75,23 @@ void HeadStage::multiply(const Step& step, int chunk, int thread) {
   args.weight = &weight_;
   args.x = hidden_.values.data();
   args.x_stride = hidden_.stride;
-  args.q = quantized_.view();
   args.out = logits_.values.data();
   args.out_stride = logits_.stride;
   schedules_[static_cast<size_t>(chunk)].run(thread, [&](int row_begin, int row_end, int panel_begin, int panel_end) {
     args.row_begin = row_begin;
     args.row_end = row_end;
-    args.panel_begin = panel_begin;
-    args.panel_end = panel_end;
-    run_matmul(step.kernels, args);
+    const int width = is_quantized(weight_) ? kPlanePanels : panel_end - panel_begin;
+    for (int panel = panel_begin; panel < panel_end; panel += width) {
+      args.panel_begin = panel;
+      args.panel_end = std::min(panel + width, panel_end);
+      args.q = coarse_.view();
+      args.accumulate = false;
+      run_matmul(step.kernels, args);
+      if (!is_quantized(weight_)) continue;
+      args.q = fine_.view();
+      args.accumulate = true;
+      run_matmul(step.kernels, args);
+    }
   });
 }
 

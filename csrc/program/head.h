@@ -49,7 +49,10 @@ class HeadStage : public Stage {
   PackedWeight weight_;
   int chunk_rows_;
   FloatRows hidden_, logits_;  // [chunk_rows]
-  QuantizedActivations quantized_;
+  // The hidden state as a sum of two 8-bit planes: what the first rounds away,
+  // the second holds. Logits decide between tokens by differences that one
+  // plane would blur.
+  QuantizedActivations coarse_, fine_;
   std::vector<SampleScratch> scratch_;     // per thread
   std::vector<RowOutput> outputs_;         // [max_rows]
   std::vector<MatmulSchedule> schedules_;  // per chunk

@@ -17,6 +17,14 @@ void QuantizedActivations::quantize(const KernelTable& kernels, const float* x, 
   kernels.quantize_rows(x, x_stride, rows, k, codes.data() + first, scales.data() + first / 32, sums.data() + first / 16);
 }
 
+void QuantizedActivations::subtract_from(float* x, int row, int k) const {
+  const size_t first = static_cast<size_t>(row) * static_cast<size_t>(k);
+  for (int i = 0; i < k; ++i) {
+    const size_t at = first + static_cast<size_t>(i);
+    x[i] -= scales[at / 32] * static_cast<float>(codes[at]);
+  }
+}
+
 RopeTable::RopeTable(int max_tokens, std::vector<float> inv_freq, float factor)
     : inv_freq(std::move(inv_freq)),
       factor(factor),

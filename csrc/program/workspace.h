@@ -23,6 +23,8 @@ struct QuantizedActivations {
   QuantizedActivations() = default;
   QuantizedActivations(int rows, int max_k);
   void quantize(const KernelTable& kernels, const float* x, size_t x_stride, int begin, int rows, int k);
+  // x -= what row `row` stands for: the part that quantizing rounded away.
+  void subtract_from(float* x, int row, int k) const;
   QuantizedRows view() const { return {codes.data(), scales.data(), sums.data()}; }
   MappedArray<int8_t> codes;
   MappedArray<float> scales;

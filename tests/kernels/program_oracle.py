@@ -40,7 +40,12 @@ def logits(model: Model, tensors: Tensors, tokens: list[int], rounded: Collectio
             h = norm(prefix + layer.post_mlp_norm.name, layer.post_mlp_norm, h)
         x = x + h
     x = norm(model.norm.name, model.norm, x)
-    return linear(model.head.tied or model.head.name, x)
+    name = (
+        model.head.tied or model.head.name
+    )  # its inputs are two planes of 8 bits: what one rounds away is in the other
+    if f"{name}.weight" in rounded:
+        x = eight_bit(x) + eight_bit(x - eight_bit(x))
+    return x @ tensors[f"{name}.weight"].T
 
 
 def eight_bit(x: Array) -> Array:
