@@ -11,6 +11,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cxxabi.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <optional>
 #include <stdexcept>
@@ -29,6 +32,26 @@ using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using LogitsArray = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// Python ends a thread that asks for the GIL after the interpreter's end by
+// unwinding it, which would abort the process in a destructor: such a thread
+// waits here for the process to end. (A daemon thread may be in a step then.)
+class ReleasedGil {
+ public:
+  ReleasedGil() : state_(PyEval_SaveThread()) {}
+  ~ReleasedGil() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (const abi::__forced_unwind&) {
+      for (;;) pause();
+    }
+  }
+  ReleasedGil(const ReleasedGil&) = delete;
+  ReleasedGil& operator=(const ReleasedGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
 
 template <class T>
 std::span<const T> span_of(const Vector<T>& v) {
@@ -96,7 +119,7 @@ void with_inputs(Program& program, const Vector<int32_t>& tokens, const Vector<i
   inputs.banned = span_of(banned);
   inputs.allowed = span_of(allowed);
   inputs.logits = logits ? logits->data() : nullptr;
-  const nb::gil_scoped_release release;
+  const ReleasedGil released;
   (program.*Run)(inputs);
 }
 

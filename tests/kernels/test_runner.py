@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -182,6 +185,26 @@ def test_one_step_at_a_time() -> None:
         for outcome in [callers.submit(steps) for _ in range(2)]:
             outcome.result()
     assert refused > 20
+
+
+def test_the_process_may_end_during_a_step() -> None:
+    """A daemon thread in the middle of a step when the interpreter ends: no abort, the exit code stays."""
+    script = """
+import sys, threading, time
+from program_models import *
+model = MODELS["grouped"]
+runner = open_runner(model, MemoryCheckpoint(model), num_threads=3)
+def steps():
+    while True:
+        run(runner, tokens_of(100), [7])
+threading.Thread(target=steps, daemon=True).start()
+time.sleep(0.2)
+sys.exit(5)
+"""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    for _ in range(3):
+        ended = subprocess.run([sys.executable, "-c", script], env=environment, timeout=60, capture_output=True)
+        assert ended.returncode == 5, ended.stderr.decode()
 
 
 def test_a_program_without_a_head_has_no_outputs() -> None:

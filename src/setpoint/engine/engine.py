@@ -182,6 +182,8 @@ class Engine:
             raise EngineDeadError(f"the engine is not running: {self._dead_reason}")
         if self._draining or self._stopping:
             raise EngineDeadError("draining: the server is shutting down and takes no new requests")
+        if self._thread is not None and not self._thread.is_alive():
+            raise EngineDeadError("the engine's thread is gone; a forked process must open the model itself")
 
     def heartbeat_age_s(self) -> float:
         """Seconds since the engine thread last moved, idle or not."""
