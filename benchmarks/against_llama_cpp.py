@@ -36,7 +36,6 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "OMP_WAIT_POLICY": "passive"},  # idle threads of one must not slow the other
         )
         self.about = self._read()
 
