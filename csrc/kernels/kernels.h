@@ -36,6 +36,7 @@ struct PackedWeight {
   const void* scales = nullptr;
   const void* mins = nullptr;
   int panels() const { return (n + 15) / 16; }
+  bool is_quantized() const { return codes == Codes::u4 || codes == Codes::u8; }  // reads QuantizedRows
 };
 
 // Activations quantized per (row, 32 inputs): code = rne(x / scale), scale = absmax / 127, sums per 16 inputs.

@@ -10,8 +10,6 @@ namespace {
 constexpr size_t kLogitsBytes = size_t{32} << 20;
 constexpr int kPlanePanels = 12;  // both planes pass over so many panels while these are in the cache
 
-bool is_quantized(const PackedWeight& weight) { return weight.codes == Codes::u4 || weight.codes == Codes::u8; }
-
 int rows_of_a_chunk(const Limits& limits) {
   const size_t fit = kLogitsBytes / sizeof(float) / static_cast<size_t>(limits.vocab);
   return std::min(limits.max_rows, static_cast<int>(std::clamp<size_t>(fit, 8, 64)));
@@ -31,7 +29,7 @@ HeadStage::HeadStage(int in, bool selected, Norm norm, PackedWeight weight, cons
       schedules_(static_cast<size_t>((limits.max_rows + chunk_rows_ - 1) / chunk_rows_)) {
   if (weight.n != limits.vocab || static_cast<size_t>(weight.k) != norm_.weight.size())
     throw std::invalid_argument("the head's weight must be [vocab, hidden]");
-  if (is_quantized(weight)) {
+  if (weight.is_quantized()) {
     coarse_ = QuantizedActivations(chunk_rows_, weight.k);
     fine_ = QuantizedActivations(chunk_rows_, weight.k);
   }
@@ -63,7 +61,7 @@ void HeadStage::gather(const Step& step, int chunk, int thread) {
     const int local = row - chunk * chunk_rows_;
     const float* x = in.row(selected_ ? row : step.batch.inputs().rows[static_cast<size_t>(row)].token);
     step.kernels.rms_norm(x, in.stride, norm_.weight.data(), norm_.eps, 1, hidden_.width, hidden_.row(local), hidden_.stride);
-    if (!is_quantized(weight_)) continue;
+    if (!weight_.is_quantized()) continue;
     coarse_.quantize(step.kernels, hidden_.row(local), hidden_.stride, local, 1, weight_.k);
     coarse_.subtract_from(hidden_.row(local), local, weight_.k);
     fine_.quantize(step.kernels, hidden_.row(local), hidden_.stride, local, 1, weight_.k);
@@ -80,14 +78,14 @@ void HeadStage::multiply(const Step& step, int chunk, int thread) {
   schedules_[static_cast<size_t>(chunk)].run(thread, [&](int row_begin, int row_end, int panel_begin, int panel_end) {
     args.row_begin = row_begin;
     args.row_end = row_end;
-    const int width = is_quantized(weight_) ? kPlanePanels : panel_end - panel_begin;
+    const int width = weight_.is_quantized() ? kPlanePanels : panel_end - panel_begin;
     for (int panel = panel_begin; panel < panel_end; panel += width) {
       args.panel_begin = panel;
       args.panel_end = std::min(panel + width, panel_end);
       args.q = coarse_.view();
       args.accumulate = false;
       run_matmul(step.kernels, args);
-      if (!is_quantized(weight_)) continue;
+      if (!weight_.is_quantized()) continue;
       args.q = fine_.view();
       args.accumulate = true;
       run_matmul(step.kernels, args);

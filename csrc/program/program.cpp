@@ -14,8 +14,6 @@ void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-bool is_quantized(const PackedWeight& weight) { return weight.codes == Codes::u4 || weight.codes == Codes::u8; }
-
 }  // namespace
 
 Program::Program(const Options& options)
@@ -106,10 +104,10 @@ void Program::matmul(const PackedWeight& weight, int in, int out, std::vector<fl
   building();
   require(weight.k == width(in) && weight.n == width(out) && in != out, "matmul: the weight does not fit the slots");
   require(bias.empty() || bias.size() == static_cast<size_t>(weight.n), "matmul: the bias does not fit the weight");
-  if (is_quantized(weight)) quantize(in, weight.k);
+  if (weight.is_quantized()) quantize(in, weight.k);
   MatmulStage::Item item{weight, out, std::move(bias), accumulate};
-  if (matmul_stage_ == nullptr || !matmul_stage_->accepts(in, is_quantized(weight), item)) {
-    auto stage = std::make_unique<MatmulStage>(in, is_quantized(weight), wanted_);
+  if (matmul_stage_ == nullptr || !matmul_stage_->accepts(in, weight.is_quantized(), item)) {
+    auto stage = std::make_unique<MatmulStage>(in, weight.is_quantized(), wanted_);
     matmul_stage_ = stage.get();
     stages_.push_back(std::move(stage));
   }

@@ -8,7 +8,7 @@ absolute elsewhere; a linear layer's tensors are `{name}.weight` and `{name}.bia
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -158,4 +158,3 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     build: Callable[[Mapping[str, Any]], Model]
-    gguf_architectures: tuple[str, ...] = field(default=())
