@@ -7,4 +7,5 @@ NB_MODULE(_native, m) {
   setpoint::bind_layers(m);
   setpoint::bind_sampling(m);
   setpoint::bind_program(m);
+  setpoint::bind_probe(m);
 }
