@@ -1,5 +1,5 @@
 # Each target prepares what it needs (.venv, native build) and is quick the second time.
-.PHONY: serve test unit parity lint format bench docs clean
+.PHONY: serve test unit parity lint format bench bench-kernels docs clean
 .DEFAULT_GOAL := help
 
 VENV    := .venv
@@ -8,11 +8,13 @@ PARITY  := .venv-parity
 PORT    ?= 8000
 MODEL   ?= smollm2-135m
 JOBS    ?= $(shell nproc)
+NATIVE_BUILD = $(shell ls -dt build/*/CMakeCache.txt | head -1 | xargs dirname)
 NATIVE  := CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
 help:
 	@echo "make serve [PORT=8000] [MODEL=smollm2-135m]   serve a model"
 	@echo "make test | unit | parity | lint | bench | docs"
+	@echo "make bench-kernels [ARGS=\"--filter 'matmul Q4_0 m8'\"]   every kernel against the reference and the machine"
 
 $(VENV)/.tools: pyproject.toml
 	@test -x $(PYTHON) || python3 -m venv $(VENV)
@@ -64,6 +66,12 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/setpoint bench engine $(MODEL)
+
+# The kernel workshop, built in the directory of the native module so that they share their objects.
+bench-kernels: $(VENV)/.installed
+	@$(VENV)/bin/cmake --build $(NATIVE_BUILD) --target kernel_bench --parallel $(JOBS) > $(NATIVE_BUILD)/kernel_bench.log \
+		|| { cat $(NATIVE_BUILD)/kernel_bench.log; exit 1; }
+	@$(NATIVE_BUILD)/kernel_bench $(ARGS)
 
 docs: $(VENV)/.installed
 	$(PYTHON) docs/generate.py
