@@ -72,14 +72,9 @@ void Weights::copy_until(size_t bytes) {
   const PackedWeight& first = matrix_.weight();
   while (views_.size() * matrix_.num_bytes() < bytes) {
     MappedArray<uint8_t>& copy = storage_.emplace_back(matrix_.num_bytes());
-    std::memcpy(copy.data(), first.data, matrix_.num_bytes());  // codes, scales and minima lie in one piece
+    std::memcpy(copy.data(), first.data, matrix_.num_bytes());
     PackedWeight view = first;
-    const auto moved = [&](const void* part) {
-      return part == nullptr ? nullptr : copy.data() + (static_cast<const uint8_t*>(part) - first.data);
-    };
     view.data = copy.data();
-    view.scales = moved(first.scales);
-    view.mins = moved(first.mins);
     views_.push_back(view);
   }
 }

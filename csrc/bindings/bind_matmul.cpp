@@ -86,17 +86,10 @@ Range checked_range(const std::optional<Range>& range, int end) {
 }
 
 void run_matmul(const KernelTable& kernels, const MatmulArgs& args) {
-  switch (args.weight->codes) {
-    case Codes::u4:
-      kernels.matmul_u4(args);
-      return;
-    case Codes::u8:
-      kernels.matmul_u8(args);
-      return;
-    default:
-      kernels.matmul_float(args);
-      return;
-  }
+  if (args.weight->is_quantized())
+    kernels.matmul_quantized(args);
+  else
+    kernels.matmul_float(args);
 }
 
 nb::ndarray<nb::numpy, float> matmul(const std::string& isa, const Weight& weight, FloatMatrix x, std::optional<FloatVector> bias,
@@ -143,7 +136,7 @@ nb::ndarray<nb::numpy, float> lookup_rows(const std::string& format, RawArray ra
 }
 
 const char* codes_name(Codes codes) {
-  constexpr const char* names[] = {"f32", "f16", "bf16", "u4", "u8"};
+  constexpr const char* names[] = {"f32", "f16", "bf16", "u2", "u3", "u4", "u5", "u6", "u8"};
   return names[int(codes)];
 }
 
@@ -171,7 +164,7 @@ void bind_matmul(nb::module_& m) {
       .def_prop_ro(
           "k", [](const Weight& w) { return w.matrix.weight().k; }, "Inputs.")
       .def_prop_ro(
-          "codes", [](const Weight& w) { return codes_name(w.matrix.weight().codes); }, "f32, f16, bf16, u4 or u8.")
+          "codes", [](const Weight& w) { return codes_name(w.matrix.weight().codes); }, "f32, f16, bf16, u2, u3, u4, u5, u6 or u8.")
       .def_prop_ro("nbytes", [](const Weight& w) { return w.matrix.num_bytes(); }, "Bytes of the packed storage.");
 
   m.def(

@@ -16,27 +16,26 @@
 namespace setpoint {
 
 // ---------------------------------------------------------------------------------------------- quantized matmul
-// Packed weight: N output channels in panels of 16 (zero padded), K inputs in groups of `group` along K.
+// Packed weight: N output channels in panels of 16 (zero padded), K inputs.
 //   f32/f16/bf16 : data[panel][k][16 channels]
-//   u4           : data[panel][k/8][16 channels][4 B]; low nibbles k..k+3, high nibbles k+4..k+7     (group 32)
-//   u8           : data[panel][k/4][16 channels][4 B]; unsigned code                                   (group 32 or 16)
-// scales, mins   : [panel][K/group][16], f16 or f32. w = scale * (code - zero_point)  or, affine,  scale * code + min.
-enum class Codes : uint8_t { f32, f16, bf16, u4, u8 };
-enum class ScaleType : uint8_t { f16, f32 };
+//   u2 .. u8     : data[panel][record]: codes of 2 to 8 bits and their scales as one linear stream; packed_layout.h
+// w = scale * (code - zero_point)  or, affine,  scale * code + min, one scale and min per (channel, `group` inputs).
+enum class Codes : uint8_t { f32, f16, bf16, u2, u3, u4, u5, u6, u8 };
+// How a group's scale (and min) is stored: one f16, or a signed byte times an f16 that 256 inputs share. The product
+// has at most 19 significant bits: exact in f32.
+enum class ScaleType : uint8_t { f16, sub8 };
 
 struct PackedWeight {
   Codes codes = Codes::f32;
-  ScaleType scale_type = ScaleType::f32;
+  ScaleType scale_type = ScaleType::f16;
   bool affine = false;
   int zero_point = 0;  // symmetric formats: Q4_0 8, Q5_0 16, Q8_0 128 (codes are s8 + 128), Q6_K 32, Q3_K 4
   int group = 0;       // 32 or 16; 0 for float weights
   int n = 0;           // output channels
-  int k = 0;           // inputs; a multiple of 32 for quantized codes
+  int k = 0;           // inputs; a multiple of 32 for quantized codes, of 256 for sub8 scales
   const uint8_t* data = nullptr;
-  const void* scales = nullptr;
-  const void* mins = nullptr;
   int panels() const { return (n + 15) / 16; }
-  bool is_quantized() const { return codes == Codes::u4 || codes == Codes::u8; }  // reads QuantizedRows
+  bool is_quantized() const { return codes >= Codes::u2; }  // reads QuantizedRows
 };
 
 // Activations quantized per (row, 32 inputs): code = rne(x / scale), scale = absmax / 127, sums per 16 inputs.
@@ -125,9 +124,8 @@ struct AttentionArgs {
 struct KernelTable {
   const char* isa = "ref";
   // matmul
-  void (*matmul_u4)(const MatmulArgs&) = nullptr;  // any group/affine/scale type of u4
-  void (*matmul_u8)(const MatmulArgs&) = nullptr;
-  void (*matmul_float)(const MatmulArgs&) = nullptr;  // f32, f16, bf16 weights
+  void (*matmul_quantized)(const MatmulArgs&) = nullptr;  // u2 .. u8 weights
+  void (*matmul_float)(const MatmulArgs&) = nullptr;      // f32, f16, bf16 weights
   void (*quantize_rows)(const float* x, size_t x_stride, int rows, int k, int8_t* codes, float* scales, int32_t* sums) = nullptr;
   // row ops; `rows` rows of n floats with the given strides. In-place (out == x) is allowed.
   // rms_norm: 64 partial sums (lane i takes elements i, i+64, ...), added by a fixed tree; then x * (1/sqrt) * w.

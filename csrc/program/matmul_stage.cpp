@@ -17,14 +17,10 @@ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 }  // namespace
 
 void run_matmul(const KernelTable& kernels, const MatmulArgs& args) {
-  switch (args.weight->codes) {
-    case Codes::u4:
-      return kernels.matmul_u4(args);
-    case Codes::u8:
-      return kernels.matmul_u8(args);
-    default:
-      return kernels.matmul_float(args);
-  }
+  if (args.weight->is_quantized())
+    kernels.matmul_quantized(args);
+  else
+    kernels.matmul_float(args);
 }
 
 void MatmulSchedule::reset(int rows, int panels, int threads) {

@@ -16,34 +16,36 @@
 namespace setpoint {
 namespace {
 
-constexpr ScaleType f16 = ScaleType::f16, f32 = ScaleType::f32;
+constexpr ScaleType f16 = ScaleType::f16, sub8 = ScaleType::sub8;
 
 // clang-format off
 constexpr BlockFormat kFormats[] = {
     // name, elements, bytes, codes, scales, affine, zero point, group
-    {"F32", 1, 4, Codes::f32, f32, false, 0, 0, nullptr},
-    {"F16", 1, 2, Codes::f16, f32, false, 0, 0, nullptr},
-    {"BF16", 1, 2, Codes::bf16, f32, false, 0, 0, nullptr},
+    {"F32", 1, 4, Codes::f32, f16, false, 0, 0, nullptr},
+    {"F16", 1, 2, Codes::f16, f16, false, 0, 0, nullptr},
+    {"BF16", 1, 2, Codes::bf16, f16, false, 0, 0, nullptr},
     {"Q4_0", 32, 18, Codes::u4, f16, false, 8, 32, unpack_q4_0},
     {"Q4_1", 32, 20, Codes::u4, f16, true, 0, 32, unpack_q4_1},
-    {"Q5_0", 32, 22, Codes::u8, f16, false, 16, 32, unpack_q5_0},
-    {"Q5_1", 32, 24, Codes::u8, f16, true, 0, 32, unpack_q5_1},
+    {"Q5_0", 32, 22, Codes::u5, f16, false, 16, 32, unpack_q5_0},
+    {"Q5_1", 32, 24, Codes::u5, f16, true, 0, 32, unpack_q5_1},
     {"Q8_0", 32, 34, Codes::u8, f16, false, 128, 32, unpack_q8_0},
-    {"Q2_K", 256, 84, Codes::u8, f32, true, 0, 16, unpack_q2_k},
-    {"Q3_K", 256, 110, Codes::u8, f32, false, 4, 16, unpack_q3_k},
-    {"Q4_K", 256, 144, Codes::u4, f32, true, 0, 32, unpack_q4_k},
-    {"Q5_K", 256, 176, Codes::u8, f32, true, 0, 32, unpack_q5_k},
-    {"Q6_K", 256, 210, Codes::u8, f32, false, 32, 16, unpack_q6_k},
+    {"Q2_K", 256, 84, Codes::u2, sub8, true, 0, 16, unpack_q2_k},
+    {"Q3_K", 256, 110, Codes::u3, sub8, false, 4, 16, unpack_q3_k},
+    {"Q4_K", 256, 144, Codes::u4, sub8, true, 0, 32, unpack_q4_k},
+    {"Q5_K", 256, 176, Codes::u5, sub8, true, 0, 32, unpack_q5_k},
+    {"Q6_K", 256, 210, Codes::u6, sub8, false, 32, 16, unpack_q6_k},
 };
 // clang-format on
 
-void dequantize_block(const BlockFormat& format, const uint8_t* block, float* out) {
-  uint8_t codes[kMaxBlockElements];
-  float scales[kMaxBlockGroups], mins[kMaxBlockGroups];
-  format.unpack(block, codes, scales, mins);
-  for (int i = 0; i < format.block_elements; ++i) {
-    const int g = i / format.group;
-    out[i] = format.affine ? scales[g] * float(codes[i]) + mins[g] : scales[g] * float(codes[i] - format.zero_point);
+void dequantize_block(const BlockFormat& format, const uint8_t* raw, float* out) {
+  UnpackedBlock block;
+  format.unpack(raw, block);
+  for (int g = 0; g < format.block_elements / format.group; ++g) {
+    const bool subs = format.scale_type == ScaleType::sub8;
+    const float scale = f16_to_f32(block.scale) * (subs ? float(block.sub_scales[g]) : 1.f);
+    const float min = format.affine ? f16_to_f32(block.min) * (subs ? float(block.sub_mins[g]) : 1.f) : 0.f;
+    for (int i = g * format.group; i < (g + 1) * format.group; ++i)
+      out[i] = format.affine ? scale * float(block.codes[i]) + min : scale * float(block.codes[i] - format.zero_point);
   }
 }
 
@@ -73,8 +75,7 @@ void dequantize_blocks(const BlockFormat& format, const uint8_t* raw, int64_t co
     case Codes::bf16:
       for (int64_t i = 0; i < count; ++i) out[i] = bf16_to_f32(load_u16(raw + 2 * i));
       return;
-    case Codes::u4:
-    case Codes::u8:
+    default:
       break;
   }
   for (int64_t i = 0; i < count; i += format.block_elements, raw += format.block_bytes) dequantize_block(format, raw, out + i);

@@ -1,15 +1,13 @@
 // The weight formats that can be read, one row each: their GGUF block layout and the packed layout they become.
 #pragma once
 #include "kernels/kernels.h"
+#include "quant/unpacked_block.h"
 
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
 
 namespace setpoint {
-
-constexpr int kMaxBlockElements = 256;
-constexpr int kMaxBlockGroups = 16;
 
 struct BlockFormat {
   const char* name;
@@ -21,8 +19,7 @@ struct BlockFormat {
   bool affine;
   int zero_point;
   int group;
-  // Quantized formats: one block to its codes in order of K, one scale per group and, if affine, one minimum.
-  void (*unpack)(const uint8_t* block, uint8_t* codes, float* scales, float* mins);
+  void (*unpack)(const uint8_t* block, UnpackedBlock& out);  // null: float
 
   bool is_float() const { return unpack == nullptr; }
   bool packs_like(const BlockFormat& other) const {

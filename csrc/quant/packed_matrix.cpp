@@ -1,11 +1,10 @@
 #include "quant/packed_matrix.h"
 
-#include "quant/half.h"
+#include "kernels/packed_layout.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -19,22 +18,7 @@ constexpr int kPanelChannels = 16;
 constexpr int64_t kMaxRows = int64_t(1) << 28;
 constexpr int64_t kMaxCols = int64_t(1) << 24;
 
-size_t round_up(size_t x, size_t unit) { return (x + unit - 1) / unit * unit; }
-
-size_t bytes_of_codes(Codes codes, size_t elements) {
-  switch (codes) {
-    case Codes::f32:
-      return elements * 4;
-    case Codes::f16:
-    case Codes::bf16:
-      return elements * 2;
-    case Codes::u8:
-      return elements;
-    case Codes::u4:
-      return elements / 2;
-  }
-  return 0;
-}
+size_t float_bytes(Codes codes) { return codes == Codes::f32 ? 4 : 2; }
 
 int64_t checked_rows(std::span<const RawRows> sources, int64_t cols) {
   if (sources.empty()) throw std::invalid_argument("no rows to pack");
@@ -64,50 +48,64 @@ RawRow find_row(std::span<const RawRows> sources, int64_t row, int64_t cols) {
   return {nullptr, nullptr};
 }
 
-void write_group_value(void* array, ScaleType type, size_t index, float value) {
-  if (type == ScaleType::f32)
-    static_cast<float*>(array)[index] = value;
-  else
-    static_cast<uint16_t*>(array)[index] = f32_to_f16(value);  // exact: the value came from an f16
-}
-
 struct Target {  // the writable side of a PackedWeight
   const PackedWeight& weight;
   uint8_t* data;
-  uint8_t* scales;
-  uint8_t* mins;
 };
 
-// Codes of one block of one channel: dwords of 4 codes (u8) or of 4 low and 4 high nibbles (u4), 64 bytes apart.
-void write_codes(const Target& t, int panel, int lane, int k, const uint8_t* codes, int count) {
-  if (t.weight.codes == Codes::u8) {
-    uint8_t* out = t.data + (size_t(panel) * size_t(t.weight.k) + size_t(k)) * kPanelChannels + size_t(lane) * 4;
-    for (int i = 0; i < count; i += 4, out += 64) std::memcpy(out, codes + i, 4);
-    return;
-  }
-  uint8_t* out = t.data + (size_t(panel) * size_t(t.weight.k) + size_t(k)) / 2 * kPanelChannels + size_t(lane) * 4;
-  for (int i = 0; i < count; i += 8, out += 64) {
-    uint32_t low, high;
-    std::memcpy(&low, codes + i, 4);
-    std::memcpy(&high, codes + i + 4, 4);
-    low |= high << 4;
-    std::memcpy(out, &low, 4);
+constexpr int kMaxStepWords = 8;
+
+// 32 codes of one channel as its dwords of a step's lines.
+void step_words(Codes kind, const uint8_t* codes, uint32_t* words) {
+  uint32_t quads[8];  // 4 codes each
+  std::memcpy(quads, codes, sizeof quads);
+  constexpr uint32_t kNibble = 0x0f0f0f0f, kPair = 0x03030303, kBit = 0x01010101;
+  if (kind == Codes::u8) std::memcpy(words, quads, sizeof quads);
+  if (kind == Codes::u4 || kind == Codes::u5 || kind == Codes::u6)
+    for (int i = 0; i < 4; ++i) *words++ = (quads[2 * i] & kNibble) | (quads[2 * i + 1] & kNibble) << 4;
+  if (kind == Codes::u2 || kind == Codes::u3 || kind == Codes::u6)
+    for (int i = 0; i < 2; ++i) {
+      uint32_t word = 0;
+      for (int j = 0; j < 4; ++j) word |= (quads[4 * i + j] >> (kind == Codes::u6 ? 4 : 0) & kPair) << (2 * j);
+      *words++ = word;
+    }
+  if (kind == Codes::u3 || kind == Codes::u5) {
+    uint32_t word = 0;
+    for (int j = 0; j < 8; ++j) word |= (quads[j] >> (kind == Codes::u5 ? 4 : 2) & kBit) << j;
+    *words = word;
   }
 }
 
+void put_f16(uint8_t* at, uint16_t value) { std::memcpy(at, &value, sizeof value); }
+
 void pack_quantized_row(const Target& t, const RawRow& row, int panel, int lane) {
-  uint8_t codes[kMaxBlockElements];
-  float scales[kMaxBlockGroups], mins[kMaxBlockGroups];
+  const PackedWeight& w = t.weight;
   const BlockFormat& format = *row.format;
-  const size_t groups = size_t(t.weight.k / format.group);
-  const uint8_t* block = row.data;
-  for (int k = 0; k < t.weight.k; k += format.block_elements, block += format.block_bytes) {
-    format.unpack(block, codes, scales, mins);
-    write_codes(t, panel, lane, k, codes, format.block_elements);
-    for (int g = 0; g < format.block_elements / format.group; ++g) {
-      const size_t index = (size_t(panel) * groups + size_t(k / format.group + g)) * kPanelChannels + size_t(lane);
-      write_group_value(t.scales, format.scale_type, index, scales[g]);
-      if (format.affine) write_group_value(t.mins, format.scale_type, index, mins[g]);
+  const bool subs = w.scale_type == ScaleType::sub8;
+  const int record_steps = steps_per_record(w.scale_type), block_steps = format.block_elements / kStepInputs;
+  const int step_size = step_bytes(w.codes), scale_size = scale_block_bytes(w.scale_type, w.affine, w.group);
+  const int record_size = record_bytes(w.codes, w.scale_type, w.affine, w.group);
+  const uint8_t* raw = row.data;
+  uint8_t* const stream = t.data + size_t(panel) * panel_bytes(w);
+  UnpackedBlock block;
+  for (int step = 0; step < w.k / kStepInputs; step += block_steps, raw += format.block_bytes) {
+    format.unpack(raw, block);
+    uint8_t* record = stream + size_t(step / record_steps) * size_t(record_size);
+    const int within = step % record_steps;
+    uint8_t* scale_at = subs ? record + lane * 2 : record + (within * kPanelChannels + lane) * 2;
+    put_f16(scale_at, block.scale);
+    if (w.affine) put_f16(scale_at + (subs ? 32 : kLineBytes), block.min);
+    if (subs) {
+      const int groups = format.block_elements / w.group;
+      uint8_t* sub = record + kLineBytes + lane;
+      for (int g = 0; g < groups; ++g, sub += kPanelChannels) *sub = uint8_t(block.sub_scales[g]);
+      for (int g = 0; w.affine && g < groups; ++g, sub += kPanelChannels) *sub = uint8_t(block.sub_mins[g]);
+    }
+    for (int s = 0; s < block_steps; ++s) {
+      uint32_t words[kMaxStepWords];
+      step_words(w.codes, block.codes + s * kStepInputs, words);
+      uint8_t* out = record + scale_size + (within + s) * step_size + lane * 4;
+      for (int i = 0; i < step_size / kLineBytes; ++i) std::memcpy(out + i * kLineBytes, &words[i], 4);
     }
   }
 }
@@ -120,7 +118,7 @@ void scatter(const uint8_t* from, uint8_t* to, int count) {
 
 // Inputs [k, k + count) of one channel, whole blocks, into float panels.
 void pack_float_run(const Target& t, const RawRow& row, int panel, int lane, int k, int count) {
-  const size_t width = bytes_of_codes(t.weight.codes, 1);
+  const size_t width = float_bytes(t.weight.codes);
   uint8_t* out = t.data + ((size_t(panel) * size_t(t.weight.k) + size_t(k)) * kPanelChannels + size_t(lane)) * width;
   const BlockFormat& format = *row.format;
   const uint8_t* raw = row.data + size_t(k / format.block_elements) * size_t(format.block_bytes);
@@ -166,7 +164,7 @@ void pack_panels(const Target& t, std::span<const RawRows> sources) {
 
 Target target_of(const PackedWeight& w) {
   auto writable = [](const void* p) { return const_cast<uint8_t*>(static_cast<const uint8_t*>(p)); };
-  return {w, writable(w.data), writable(w.scales), writable(w.mins)};
+  return {w, writable(w.data)};
 }
 
 }  // namespace
@@ -180,15 +178,10 @@ PackedMatrix::PackedMatrix(const BlockFormat& layout, int64_t rows, int64_t cols
   weight_.n = int(rows);
   weight_.k = int(cols);
 
-  const size_t padded = size_t(weight_.panels()) * kPanelChannels;
-  if (padded > std::numeric_limits<size_t>::max() / 8 / size_t(cols)) throw std::invalid_argument("matrix too large to pack");
-  const size_t data_bytes = round_up(bytes_of_codes(layout.codes, padded * size_t(cols)), 64);
-  const size_t groups = layout.group == 0 ? 0 : size_t(cols / layout.group);
-  const size_t scale_bytes = round_up(padded * groups * (layout.scale_type == ScaleType::f32 ? 4 : 2), 64);
-  storage_ = MappedArray<uint8_t>(data_bytes + scale_bytes * (layout.affine ? 2 : 1));
+  // Both factors are bounded (checked_rows), and so is their product: 2^24 panels of at most 2^30 bytes.
+  const size_t panel_size = layout.is_float() ? size_t(cols) * kPanelChannels * float_bytes(layout.codes) : panel_bytes(weight_);
+  storage_ = MappedArray<uint8_t>(size_t(weight_.panels()) * panel_size);
   weight_.data = storage_.data();
-  if (groups > 0) weight_.scales = storage_.data() + data_bytes;
-  if (layout.affine) weight_.mins = storage_.data() + data_bytes + scale_bytes;
 }
 
 PackedMatrix PackedMatrix::pack(std::span<const RawRows> sources, int64_t cols) {

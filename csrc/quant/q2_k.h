@@ -1,7 +1,7 @@
 // Q2_K, 256 weights: 16 bytes of (4-bit scale, 4-bit minimum) per 16, 64 bytes of 2-bit codes, f16 d, f16 dmin.
 // w = d * scale * code - dmin * minimum.
 #pragma once
-#include "quant/half.h"
+#include "quant/unpacked_block.h"
 
 namespace setpoint {
 
@@ -12,13 +12,14 @@ inline void unpack_two_bits(const uint8_t* packed, uint8_t* codes) {
       for (int i = 0; i < 32; ++i) codes[half * 128 + pair * 32 + i] = packed[half * 32 + i] >> (2 * pair) & 3;
 }
 
-inline void unpack_q2_k(const uint8_t* block, uint8_t* codes, float* scales, float* mins) {
-  const float d = load_f16(block + 80), dmin = load_f16(block + 82);
+inline void unpack_q2_k(const uint8_t* block, UnpackedBlock& out) {
+  out.scale = load_u16(block + 80);
+  out.min = negated_f16(block + 82);
   for (int g = 0; g < 16; ++g) {
-    scales[g] = d * float(block[g] & 0x0f);
-    mins[g] = -(dmin * float(block[g] >> 4));
+    out.sub_scales[g] = int8_t(block[g] & 0x0f);
+    out.sub_mins[g] = int8_t(block[g] >> 4);
   }
-  unpack_two_bits(block + 16, codes);
+  unpack_two_bits(block + 16, out.codes);
 }
 
 }  // namespace setpoint

@@ -1,21 +1,19 @@
 // Q4_K, 256 weights: f16 d, f16 dmin, 12 bytes of eight 6-bit scales and minimums, 128 bytes of nibbles.
 // w = d * scale * code - dmin * minimum, one scale per 32 weights; 32 bytes hold 32 low, then 32 high nibbles.
 #pragma once
-#include "quant/half.h"
+#include "quant/unpacked_block.h"
 
 namespace setpoint {
 
-inline void unpack_k_scales(const uint8_t* block, float* scales, float* mins) {
-  const float d = load_f16(block), dmin = load_f16(block + 2);
+inline void unpack_k_scales(const uint8_t* block, UnpackedBlock& out) {
+  out.scale = load_u16(block);
+  out.min = negated_f16(block + 2);
   const uint8_t* packed = block + 4;
-  for (int g = 0; g < 8; ++g) {
-    int scale = packed[g % 4] & 63, minimum = packed[g % 4 + 4] & 63;
-    if (g >= 4) {
-      scale = (packed[g + 4] & 0x0f) | (packed[g - 4] >> 6) << 4;
-      minimum = packed[g + 4] >> 4 | (packed[g] >> 6) << 4;
-    }
-    scales[g] = d * float(scale);
-    mins[g] = -(dmin * float(minimum));
+  for (int g = 0; g < 4; ++g) {
+    out.sub_scales[g] = int8_t(packed[g] & 63);
+    out.sub_mins[g] = int8_t(packed[g + 4] & 63);
+    out.sub_scales[g + 4] = int8_t((packed[g + 8] & 0x0f) | (packed[g] >> 6) << 4);
+    out.sub_mins[g + 4] = int8_t(packed[g + 8] >> 4 | (packed[g + 4] >> 6) << 4);
   }
 }
 
@@ -27,9 +25,9 @@ inline void unpack_nibbles_by_32(const uint8_t* packed, uint8_t* codes) {
     }
 }
 
-inline void unpack_q4_k(const uint8_t* block, uint8_t* codes, float* scales, float* mins) {
-  unpack_k_scales(block, scales, mins);
-  unpack_nibbles_by_32(block + 16, codes);
+inline void unpack_q4_k(const uint8_t* block, UnpackedBlock& out) {
+  unpack_k_scales(block, out);
+  unpack_nibbles_by_32(block + 16, out.codes);
 }
 
 }  // namespace setpoint

@@ -12,15 +12,15 @@ inline void unpack_q5_codes(const uint8_t* fifth_bits, const uint8_t* nibbles, u
   for (int i = 0; i < 32; ++i) codes[i] |= uint8_t((bits >> i & 1) << 4);
 }
 
-inline void unpack_q5_0(const uint8_t* block, uint8_t* codes, float* scales, float*) {
-  scales[0] = load_f16(block);
-  unpack_q5_codes(block + 2, block + 6, codes);
+inline void unpack_q5_0(const uint8_t* block, UnpackedBlock& out) {
+  out.scale = load_u16(block);
+  unpack_q5_codes(block + 2, block + 6, out.codes);
 }
 
-inline void unpack_q5_1(const uint8_t* block, uint8_t* codes, float* scales, float* mins) {
-  scales[0] = load_f16(block);
-  mins[0] = load_f16(block + 2);
-  unpack_q5_codes(block + 4, block + 8, codes);
+inline void unpack_q5_1(const uint8_t* block, UnpackedBlock& out) {
+  out.scale = load_u16(block);
+  out.min = load_u16(block + 2);
+  unpack_q5_codes(block + 4, block + 8, out.codes);
 }
 
 }  // namespace setpoint

@@ -4,11 +4,11 @@
 
 namespace setpoint {
 
-inline void unpack_q5_k(const uint8_t* block, uint8_t* codes, float* scales, float* mins) {
-  unpack_k_scales(block, scales, mins);
-  unpack_nibbles_by_32(block + 48, codes);
+inline void unpack_q5_k(const uint8_t* block, UnpackedBlock& out) {
+  unpack_k_scales(block, out);
+  unpack_nibbles_by_32(block + 48, out.codes);
   for (int part = 0; part < 8; ++part)
-    for (int i = 0; i < 32; ++i) codes[part * 32 + i] |= uint8_t((block[16 + i] >> part & 1) << 4);
+    for (int i = 0; i < 32; ++i) out.codes[part * 32 + i] |= uint8_t((block[16 + i] >> part & 1) << 4);
 }
 
 }  // namespace setpoint

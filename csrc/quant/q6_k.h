@@ -5,13 +5,13 @@
 
 namespace setpoint {
 
-inline void unpack_q6_k(const uint8_t* block, uint8_t* codes, float* scales, float*) {
-  const float d = load_f16(block + 208);
-  for (int g = 0; g < 16; ++g) scales[g] = d * float(int8_t(block[192 + g]));
-  unpack_two_bits(block + 128, codes);
+inline void unpack_q6_k(const uint8_t* block, UnpackedBlock& out) {
+  out.scale = load_u16(block + 208);
+  std::memcpy(out.sub_scales, block + 192, 16);
+  unpack_two_bits(block + 128, out.codes);
   for (int half = 0; half < 2; ++half)
     for (int i = 0; i < 64; ++i) {
-      uint8_t* low = codes + half * 128 + i;
+      uint8_t* low = out.codes + half * 128 + i;
       const uint8_t packed = block[half * 64 + i];
       low[0] = uint8_t(low[0] << 4 | (packed & 0x0f));
       low[64] = uint8_t(low[64] << 4 | packed >> 4);

@@ -8,9 +8,11 @@ import pytest
 from setpoint import _native
 from setpoint.quant.formats import FORMATS, bytes_per_row, dequantize, quantize
 
-PACKED_CODES = {
-    "F32": "f32", "F16": "f16", "BF16": "bf16", "Q4_0": "u4", "Q4_1": "u4", "Q4_K": "u4",
-    "Q5_0": "u8", "Q5_1": "u8", "Q8_0": "u8", "Q2_K": "u8", "Q3_K": "u8", "Q5_K": "u8", "Q6_K": "u8",
+# The codes' width once packed, and bits per weight, scales included.
+PACKED = {
+    "F32": ("f32", 32), "F16": ("f16", 16), "BF16": ("bf16", 16), "Q4_0": ("u4", 4.5), "Q4_1": ("u4", 5),
+    "Q5_0": ("u5", 5.5), "Q5_1": ("u5", 6), "Q8_0": ("u8", 8.5), "Q2_K": ("u2", 3.125), "Q3_K": ("u3", 3.625),
+    "Q4_K": ("u4", 4.625), "Q5_K": ("u5", 5.625), "Q6_K": ("u6", 6.625),
 }  # fmt: skip
 
 
@@ -59,10 +61,11 @@ def test_dequantized_panels_hold_the_weights(name: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_packed_kind(name: str) -> None:
+def test_packed_kind_and_size(name: str) -> None:
     weight = _native.Weight.pack(name, raw_rows(name, 20, 512), 512)
-    assert (weight.n, weight.k, weight.codes) == (20, 512, PACKED_CODES[name])
-    assert weight.nbytes <= 32 * 512 * 4
+    codes, bits = PACKED[name]
+    assert (weight.n, weight.k, weight.codes) == (20, 512, codes)
+    assert weight.nbytes == 32 * 512 * bits / 8
 
 
 @pytest.mark.parametrize("name", ["F16", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])

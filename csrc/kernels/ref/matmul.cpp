@@ -1,5 +1,6 @@
 // The readable truth of the matmul contract: plain loops in exactly the order that kernels.h states.
 #include "kernels/kernels.h"
+#include "kernels/packed_layout.h"
 #include "kernels/ref/quantize_rows.h"
 #include "quant/half.h"
 
@@ -11,17 +12,43 @@ namespace {
 
 constexpr int kFloatBlock = 64;  // inputs summed by themselves before they join the output
 
-int code_at(const PackedWeight& w, int channel, int k) {
-  const int panel = channel / 16, lane = channel % 16;
-  if (w.codes == Codes::u8) return w.data[((size_t(panel) * w.k + k) / 4 * 16 + lane) * 4 + k % 4];
-  const uint8_t pair = w.data[((size_t(panel) * w.k + k) / 8 * 16 + lane) * 4 + k % 4];
-  return k % 8 < 4 ? pair & 0x0f : pair >> 4;
+// The record that holds input k of a channel's panel.
+const uint8_t* record_at(const PackedWeight& w, int channel, int k) {
+  const size_t record = size_t(k / (steps_per_record(w.scale_type) * kStepInputs));
+  return w.data + size_t(channel / 16) * panel_bytes(w) + record * size_t(record_bytes(w.codes, w.scale_type, w.affine, w.group));
 }
 
-float group_value(const PackedWeight& w, const void* values, int channel, int g) {
-  const size_t index = (size_t(channel / 16) * (w.k / w.group) + g) * 16 + channel % 16;
-  return w.scale_type == ScaleType::f32 ? static_cast<const float*>(values)[index]
-                                        : f16_to_f32(static_cast<const uint16_t*>(values)[index]);
+int code_at(const PackedWeight& w, int channel, int k) {
+  const uint8_t* step = record_at(w, channel, k) + scale_block_bytes(w.scale_type, w.affine, w.group) +
+                        k / kStepInputs % steps_per_record(w.scale_type) * step_bytes(w.codes);
+  const int i = k % kStepInputs, at = channel % 16 * 4 + i % 4;  // within a line
+  auto nibble = [&] { return step[i / 8 * kLineBytes + at] >> (i % 8 / 4 * 4) & 15; };
+  auto pair = [&](int first_line) { return step[(first_line + i / 16) * kLineBytes + at] >> (i % 16 / 4 * 2) & 3; };
+  auto bit = [&](int line) { return step[line * kLineBytes + at] >> (i / 4) & 1; };
+  switch (w.codes) {
+    case Codes::u2:
+      return pair(0);
+    case Codes::u3:
+      return pair(0) | bit(2) << 2;
+    case Codes::u4:
+      return nibble();
+    case Codes::u5:
+      return nibble() | bit(4) << 4;
+    case Codes::u6:
+      return nibble() | pair(4) << 4;
+    default:
+      return step[i / 4 * kLineBytes + at];
+  }
+}
+
+// The scale (which = 0) or the minimum (1) of group g.
+float group_value(const PackedWeight& w, int which, int channel, int g) {
+  const uint8_t* record = record_at(w, channel, g * w.group);
+  const int lane = channel % 16;
+  if (w.scale_type == ScaleType::f16) return load_f16(record + which * kLineBytes + (g % 2 * 16 + lane) * 2);
+  const int groups = 256 / w.group;
+  const int8_t sub = int8_t(record[kLineBytes + (which * groups + g % groups) * 16 + lane]);
+  return load_f16(record + which * 32 + lane * 2) * float(sub);
 }
 
 float float_weight(const PackedWeight& w, int channel, int k) {
@@ -46,10 +73,10 @@ float quantized_dot(const MatmulArgs& a, int row, int channel) {
     for (int k = begin; k < begin + w.group; ++k) acc += code_at(w, channel, k) * codes[k];
     for (int k = begin; k < begin + w.group; k += 16) sum += sums[k / 16];
     const float activation = scales[begin / 32];
-    const float scale = group_value(w, w.scales, channel, g) * activation;
+    const float scale = group_value(w, 0, channel, g) * activation;
     if (w.affine) {
       y = std::fma(float(acc), scale, y);
-      y = std::fma(group_value(w, w.mins, channel, g), activation * float(sum), y);
+      y = std::fma(group_value(w, 1, channel, g), activation * float(sum), y);
     } else {
       y = std::fma(float(acc - w.zero_point * sum), scale, y);
     }
@@ -86,8 +113,7 @@ void matmul(const MatmulArgs& a) {
 }  // namespace
 
 void register_ref_matmul(KernelTable& t) {
-  t.matmul_u4 = matmul<quantized_dot>;
-  t.matmul_u8 = matmul<quantized_dot>;
+  t.matmul_quantized = matmul<quantized_dot>;
   t.matmul_float = matmul<float_dot>;
   register_ref_quantize(t);
 }
