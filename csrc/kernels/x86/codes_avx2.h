@@ -8,11 +8,11 @@
 namespace setpoint {
 namespace {
 
-inline __m256i load_half_line(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
+[[gnu::always_inline]] inline __m256i load_half_line(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
 
 // Bit `From` of every byte moved to bit `To`, and all but the bits of Mask cleared.
 template <int From, int To, int Mask>
-inline __m256i move_bits(__m256i x) {
+[[gnu::always_inline]] inline __m256i move_bits(__m256i x) {
   if constexpr (From < To) x = _mm256_slli_epi32(x, To - From);
   if constexpr (From > To) x = _mm256_srli_epi32(x, From - To);
   return _mm256_and_si256(x, _mm256_set1_epi8(char(Mask)));
@@ -20,7 +20,7 @@ inline __m256i move_bits(__m256i x) {
 
 // The codes of inputs 4 Quad .. 4 Quad + 3 of a step, for the 8 channels that `step` points at.
 template <Codes Kind, int Quad>
-inline __m256i quad_codes(const uint8_t* step) {
+[[gnu::always_inline]] inline __m256i quad_codes(const uint8_t* step) {
   if constexpr (Kind == Codes::u8) return load_half_line(step + Quad * kLineBytes);
   __m256i codes;
   if constexpr (Kind == Codes::u2 || Kind == Codes::u3)
@@ -34,22 +34,24 @@ inline __m256i quad_codes(const uint8_t* step) {
   return codes;
 }
 
-inline __m256 load_f16(const uint8_t* at) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))); }
+[[gnu::always_inline]] inline __m256 load_f16(const uint8_t* at) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
 
-inline __m256 load_s8(const uint8_t* at) {
+[[gnu::always_inline]] inline __m256 load_s8(const uint8_t* at) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))));
 }
 
 // Scale and minimum of group `group` of a record, for 8 channels.
 template <class Format>
-inline __m256 group_scale(const uint8_t* record, int half, int group) {
+[[gnu::always_inline]] inline __m256 group_scale(const uint8_t* record, int half, int group) {
   if constexpr (Format::kSubScales)
     return _mm256_mul_ps(load_f16(record + half * 16), load_s8(record + kLineBytes + group * 16 + half * 8));
   return load_f16(record + group * 32 + half * 16);
 }
 
 template <class Format>
-inline __m256 group_min(const uint8_t* record, int half, int group) {
+[[gnu::always_inline]] inline __m256 group_min(const uint8_t* record, int half, int group) {
   if constexpr (Format::kSubScales)
     return _mm256_mul_ps(load_f16(record + Format::kMinsAt + half * 16), load_s8(record + Format::kSubMinsAt + group * 16 + half * 8));
   return load_f16(record + Format::kMinsAt + group * 32 + half * 16);

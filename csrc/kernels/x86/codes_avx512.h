@@ -8,11 +8,11 @@
 namespace setpoint {
 namespace {
 
-inline __m512i load_line(const uint8_t* at) { return _mm512_loadu_si512(at); }
+[[gnu::always_inline]] inline __m512i load_line(const uint8_t* at) { return _mm512_loadu_si512(at); }
 
 // A vector shifted so that bit `From` of every byte arrives at bit `To`; bits of the neighbour byte come along.
 template <int From, int To>
-inline __m512i shift_bits(__m512i x) {
+[[gnu::always_inline]] inline __m512i shift_bits(__m512i x) {
   if constexpr (From < To) return _mm512_slli_epi32(x, To - From);
   if constexpr (From > To) return _mm512_srli_epi32(x, From - To);
   return x;
@@ -20,23 +20,23 @@ inline __m512i shift_bits(__m512i x) {
 
 // low | (high & mask)
 template <int Mask>
-inline __m512i join_bits(__m512i low, __m512i high) {
+[[gnu::always_inline]] inline __m512i join_bits(__m512i low, __m512i high) {
   return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(char(Mask)), 0xf8);
 }
 
 template <int Quad>
-inline __m512i quad_of_nibbles(const uint8_t* step) {
+[[gnu::always_inline]] inline __m512i quad_of_nibbles(const uint8_t* step) {
   return _mm512_and_si512(shift_bits<Quad % 2 * 4, 0>(load_line(step + Quad / 2 * kLineBytes)), _mm512_set1_epi8(0x0f));
 }
 
 template <int Quad>
-inline __m512i quad_of_pairs(const uint8_t* step) {
+[[gnu::always_inline]] inline __m512i quad_of_pairs(const uint8_t* step) {
   return _mm512_and_si512(shift_bits<Quad % 4 * 2, 0>(load_line(step + Quad / 4 * kLineBytes)), _mm512_set1_epi8(0x03));
 }
 
 // The codes of inputs 4 Quad .. 4 Quad + 3 of a step.
 template <Codes Kind, int Quad>
-inline __m512i quad_codes(const uint8_t* step) {
+[[gnu::always_inline]] inline __m512i quad_codes(const uint8_t* step) {
   if constexpr (Kind == Codes::u8) return load_line(step + Quad * kLineBytes);
   if constexpr (Kind == Codes::u4) return quad_of_nibbles<Quad>(step);
   if constexpr (Kind == Codes::u2) return quad_of_pairs<Quad>(step);
@@ -47,21 +47,23 @@ inline __m512i quad_codes(const uint8_t* step) {
     return join_bits<0x30>(quad_of_nibbles<Quad>(step), shift_bits<Quad % 4 * 2, 4>(load_line(step + (4 + Quad / 4) * kLineBytes)));
 }
 
-inline __m512 load_f16(const uint8_t* at) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
+[[gnu::always_inline]] inline __m512 load_f16(const uint8_t* at) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+}
 
-inline __m512 load_s8(const uint8_t* at) {
+[[gnu::always_inline]] inline __m512 load_s8(const uint8_t* at) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
 }
 
 // Scale and minimum of group `group` of a record.
 template <class Format>
-inline __m512 group_scale(const uint8_t* record, int group) {
+[[gnu::always_inline]] inline __m512 group_scale(const uint8_t* record, int group) {
   if constexpr (Format::kSubScales) return _mm512_mul_ps(load_f16(record), load_s8(record + kLineBytes + group * 16));
   return load_f16(record + group * 32);
 }
 
 template <class Format>
-inline __m512 group_min(const uint8_t* record, int group) {
+[[gnu::always_inline]] inline __m512 group_min(const uint8_t* record, int group) {
   if constexpr (Format::kSubScales)
     return _mm512_mul_ps(load_f16(record + Format::kMinsAt), load_s8(record + Format::kSubMinsAt + group * 16));
   return load_f16(record + Format::kMinsAt + group * 32);

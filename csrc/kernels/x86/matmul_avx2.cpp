@@ -20,7 +20,7 @@ constexpr int quads_per_sum(Codes codes) { return codes == Codes::u6 ? 2 : codes
 
 // Inputs 4 Quad .. 4 QuadEnd of a step, for both halves of the channels.
 template <Codes Kind, int Quad, int QuadEnd, int Rows>
-inline void add_to_sums(const uint8_t* step, const int8_t* x, size_t x_stride, __m256i (&sums)[Rows][2]) {
+[[gnu::always_inline]] inline void add_to_sums(const uint8_t* step, const int8_t* x, size_t x_stride, __m256i (&sums)[Rows][2]) {
   if constexpr (Quad < QuadEnd) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -34,7 +34,7 @@ inline void add_to_sums(const uint8_t* step, const int8_t* x, size_t x_stride, _
 }
 
 template <Codes Kind, int Quad, int QuadEnd, int Rows>
-inline void dot_small(const uint8_t* step, const int8_t* x, size_t x_stride, __m256i (&acc)[Rows][2]) {
+[[gnu::always_inline]] inline void dot_small(const uint8_t* step, const int8_t* x, size_t x_stride, __m256i (&acc)[Rows][2]) {
   if constexpr (Quad < QuadEnd) {
     constexpr int kEnd = Quad + quads_per_sum(Kind) < QuadEnd ? Quad + quads_per_sum(Kind) : QuadEnd;
     __m256i sums[Rows][2];
@@ -52,7 +52,7 @@ inline void dot_small(const uint8_t* step, const int8_t* x, size_t x_stride, __m
 
 // u8. Even and odd bytes are widened in place, so that every dword stays one channel.
 template <int Quad, int QuadEnd, int Rows>
-inline void dot_bytes(const uint8_t* step, const int8_t* x, size_t x_stride, __m256i (&acc)[Rows][2]) {
+[[gnu::always_inline]] inline void dot_bytes(const uint8_t* step, const int8_t* x, size_t x_stride, __m256i (&acc)[Rows][2]) {
   const __m256i even_bytes = _mm256_set1_epi16(0x00ff);
   for (int quad = Quad; quad < QuadEnd; ++quad) {
     const __m256i packed[2] = {load_half_line(step + quad * kLineBytes), load_half_line(step + quad * kLineBytes + 32)};
@@ -72,7 +72,7 @@ inline void dot_bytes(const uint8_t* step, const int8_t* x, size_t x_stride, __m
 
 // One group of inputs: the dot product, and its float step onto the tile's y (16 registers do not hold both kinds).
 template <class Format, int Half, int Rows>
-inline void add_group(const Tile& t, const uint8_t* record, int step, int at) {
+[[gnu::always_inline]] inline void add_group(const Tile& t, const uint8_t* record, int step, int at) {
   constexpr int kQuads = Format::kGroup / 4, kQuad = Half * kQuads;
   const int term = at * Format::kStepGroups + Half, group = step * Format::kStepGroups + Half;
   const uint8_t* codes = record + Format::kScaleBytes + step * Format::kStepBytes;

@@ -19,7 +19,7 @@ inline __m512i broadcast4(const int8_t* codes) {
 
 // Inputs 4 Quad .. 4 QuadEnd of a step.
 template <class Format, int Quad, int QuadEnd, int Rows, int Panels>
-inline void dot(const Tile& t, const uint8_t* step, const int8_t* x, __m512i (&acc)[Rows][Panels]) {
+[[gnu::always_inline]] inline void dot(const Tile& t, const uint8_t* step, const int8_t* x, __m512i (&acc)[Rows][Panels]) {
   if constexpr (Quad < QuadEnd) {
     __m512i codes[Panels];
 #pragma GCC unroll 4
@@ -36,7 +36,7 @@ inline void dot(const Tile& t, const uint8_t* step, const int8_t* x, __m512i (&a
 
 // One group of inputs: the dot product, and its float step onto y. `step` of the record, `g` within the step.
 template <class Format, int Half, int Rows, int Panels>
-inline void add_group(const Tile& t, const uint8_t* record, int step, int at, __m512 (&y)[Rows][Panels]) {
+[[gnu::always_inline]] inline void add_group(const Tile& t, const uint8_t* record, int step, int at, __m512 (&y)[Rows][Panels]) {
   const int term = at * Format::kStepGroups + Half, group = step * Format::kStepGroups + Half;
   __m512i acc[Rows][Panels];
 #pragma GCC unroll 8
