@@ -74,8 +74,8 @@ Array activation_mul(const std::string& isa, Floats2 gate, Floats2 up) {
 Array add(const std::string& isa, Floats2 x, Floats2 y) {
   const size_t rows = x.shape(0), n = x.shape(1);
   check(y.shape(0) == rows && y.shape(1) == n, "both terms must have one shape");
-  std::vector<float> out(y.data(), y.data() + y.size());
-  kernel_table(isa.c_str()).add(x.data(), n, static_cast<int>(rows), static_cast<int>(n), out.data(), n);
+  std::vector<float> out(y.size());
+  kernel_table(isa.c_str()).add(x.data(), y.data(), n, static_cast<int>(rows), static_cast<int>(n), out.data(), n);
   return to_numpy(std::move(out), {rows, n});
 }
 

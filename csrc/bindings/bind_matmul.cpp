@@ -63,26 +63,36 @@ struct Quantized {
   std::vector<int32_t> sums;
 };
 
-Quantized quantize(const KernelTable& kernels, const FloatMatrix& x) {
-  const size_t rows = x.shape(0), k = x.shape(1);
+Quantized quantized_buffers(size_t rows, size_t k) {
   if (k == 0 || k % 32 != 0 || k > size_t(1) << 24 || rows > size_t(1) << 24)
     throw std::invalid_argument("activations need a positive multiple of 32 columns");
-  Quantized q{std::vector<int8_t>(rows * k), std::vector<float>(rows * k / 32), std::vector<int32_t>(rows * k / 16)};
-  kernels.quantize_rows(x.data(), k, int(rows), int(k), q.codes.data(), q.scales.data(), q.sums.data());
-  return q;
+  return {std::vector<int8_t>(rows * k), std::vector<float>(rows * k / 32), std::vector<int32_t>(rows * k / 16)};
 }
 
-nb::tuple quantize_rows(const std::string& isa, FloatMatrix x) {
-  Quantized q = quantize(kernel_table(isa.c_str()), x);
+Quantized quantize(const KernelTable& kernels, const FloatMatrix& x) {
   const size_t rows = x.shape(0), k = x.shape(1);
-  return nb::make_tuple(owned_array(std::move(q.codes), {rows, k}), owned_array(std::move(q.scales), {rows, k / 32}),
-                        owned_array(std::move(q.sums), {rows, k / 16}));
+  Quantized q = quantized_buffers(rows, k);
+  kernels.quantize_rows(x.data(), k, int(rows), int(k), q.codes.data(), q.scales.data(), q.sums.data(), k);
+  return q;
 }
 
 Range checked_range(const std::optional<Range>& range, int end) {
   if (!range) return {0, end};
   if (range->first < 0 || range->first > range->second || range->second > end) throw std::invalid_argument("range is out of bounds");
   return *range;
+}
+
+nb::tuple quantize_rows(const std::string& isa, FloatMatrix x, const std::optional<Range>& columns) {
+  const KernelTable& kernels = kernel_table(isa.c_str());
+  const size_t rows = x.shape(0), k = x.shape(1);
+  Quantized q = quantized_buffers(rows, k);
+  const Range range = checked_range(columns, int(k));
+  if (range.first % 32 != 0 || range.second % 32 != 0) throw std::invalid_argument("columns: borders must be multiples of 32");
+  const size_t first = size_t(range.first);
+  kernels.quantize_rows(x.data() + first, k, int(rows), range.second - range.first, q.codes.data() + first, q.scales.data() + first / 32,
+                        q.sums.data() + first / 16, k);
+  return nb::make_tuple(owned_array(std::move(q.codes), {rows, k}), owned_array(std::move(q.scales), {rows, k / 32}),
+                        owned_array(std::move(q.sums), {rows, k / 16}));
 }
 
 void run_matmul(const KernelTable& kernels, const MatmulArgs& args) {
@@ -176,8 +186,9 @@ void bind_matmul(nb::module_& m) {
         "rows"_a = nb::none(), "panels"_a = nb::none(),
         "x float32 [rows, k] times the weight: [rows, n], plus bias [n], plus out [rows, n]. Quantizes x where the weight is. "
         "`rows` and `panels` (of 16 channels) are (begin, end) ranges to compute; the rest stays as in out, or 0.");
-  m.def("kernels_quantize_rows", &quantize_rows, "isa"_a, "x"_a,
-        "(codes int8 [rows, k], scales float32 [rows, k/32], sums int32 [rows, k/16]) of float32 [rows, k].");
+  m.def("kernels_quantize_rows", &quantize_rows, "isa"_a, "x"_a, "columns"_a = nb::none(),
+        "(codes int8 [rows, k], scales float32 [rows, k/32], sums int32 [rows, k/16]) of float32 [rows, k]. "
+        "`columns` is a (begin, end) range to quantize; the rest stays 0.");
   m.def("available_isas", &isas, "What this CPU can run, worst first.");
 }
 

@@ -210,7 +210,7 @@ void bind_program(nb::module_& m) {
       .def(
           "gated_multiply", [](Program& p, const std::string& act, int gate, int up) { p.gated_multiply(activation(act), gate, up); },
           "act"_a, "gate"_a, "up"_a)
-      .def("add", &Program::add, "in_"_a, "out"_a)
+      .def("add", &Program::add, "a"_a, "b"_a, "out"_a)
       .def("select_rows", &Program::select_rows, "in_"_a, "out"_a)
       .def(
           "head",

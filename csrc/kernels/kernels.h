@@ -126,7 +126,9 @@ struct KernelTable {
   // matmul
   void (*matmul_quantized)(const MatmulArgs&) = nullptr;  // u2 .. u8 weights
   void (*matmul_float)(const MatmulArgs&) = nullptr;      // f32, f16, bf16 weights
-  void (*quantize_rows)(const float* x, size_t x_stride, int rows, int k, int8_t* codes, float* scales, int32_t* sums) = nullptr;
+  // n inputs of each row, a multiple of 32; codes of a row are `out_k` apart, its scales out_k / 32 and its sums out_k / 16.
+  void (*quantize_rows)(const float* x, size_t x_stride, int rows, int n, int8_t* codes, float* scales, int32_t* sums,
+                        size_t out_k) = nullptr;
   // row ops; `rows` rows of n floats with the given strides. In-place (out == x) is allowed.
   // rms_norm: 64 partial sums (lane i takes elements i, i+64, ...), added by a fixed tree; then x * (1/sqrt) * w.
   void (*rms_norm)(const float* x, size_t x_stride, const float* weight, float eps, int rows, int n, float* out,
@@ -136,7 +138,7 @@ struct KernelTable {
   void (*rope)(float* x, size_t x_stride, int rows, int heads, int head_dim, int half, const float* cos, const float* sin) = nullptr;
   void (*silu_mul)(const float* gate, const float* up, size_t stride, int rows, int n, float* out, size_t out_stride) = nullptr;
   void (*gelu_tanh_mul)(const float* gate, const float* up, size_t stride, int rows, int n, float* out, size_t out_stride) = nullptr;
-  void (*add)(const float* x, size_t x_stride, int rows, int n, float* out, size_t out_stride) = nullptr;  // out += x
+  void (*add)(const float* x, const float* y, size_t stride, int rows, int n, float* out, size_t out_stride) = nullptr;  // x + y
   void (*exp)(const float* x, int n, float* out) = nullptr;  // the polynomial that attention and the activations use
   // attention
   void (*kv_store)(const KvStoreArgs&) = nullptr;

@@ -48,8 +48,8 @@ void AttentionStage::prepare(const Step& step) {
 }
 
 AttentionArgs AttentionStage::arguments(const Step& step, const Batch::Tile& tile, int kv_head, int thread) const {
-  FloatRows& q = step.work.slots[static_cast<size_t>(q_)];
-  FloatRows& out = step.work.slots[static_cast<size_t>(out_)];
+  FloatRows& q = step.work.values(q_);
+  FloatRows& out = step.work.values(out_);
   const Splits splits = splits_of(step, tile);
   AttentionArgs args;
   args.kv = step.kv.view(layer_);
@@ -118,7 +118,7 @@ void AttentionStage::merge(const Step& step, int unit) const {
   const Batch::Tile& tile = step.batch.tiles()[static_cast<size_t>(unit / kv.kv_heads)];
   const Splits splits = splits_of(step, tile);
   const int group = heads_ / kv.kv_heads;
-  FloatRows& out = step.work.slots[static_cast<size_t>(out_)];
+  FloatRows& out = step.work.values(out_);
   float* first = out.row(tile.begin) + static_cast<size_t>(unit % kv.kv_heads * group * kv.head_dim);
   step.kernels.attention_merge(partials_of(step, unit), tile.rows, group, splits.end - splits.begin, kv.head_dim, first, out.stride);
 }

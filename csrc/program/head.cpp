@@ -56,15 +56,15 @@ void HeadStage::run(const Step& step, int thread) {
 }
 
 void HeadStage::gather(const Step& step, int chunk, int thread) {
-  FloatRows& in = step.work.slots[static_cast<size_t>(in_)];
+  FloatRows& in = step.work.values(in_);
   for (int row = chunk * chunk_rows_ + thread; row < chunk_end(step, chunk); row += step.pool.size()) {
     const int local = row - chunk * chunk_rows_;
     const float* x = in.row(selected_ ? row : step.batch.inputs().rows[static_cast<size_t>(row)].token);
     step.kernels.rms_norm(x, in.stride, norm_.weight.data(), norm_.eps, 1, hidden_.width, hidden_.row(local), hidden_.stride);
     if (!weight_.is_quantized()) continue;
-    coarse_.quantize(step.kernels, hidden_.row(local), hidden_.stride, local, 1, weight_.k);
-    coarse_.subtract_from(hidden_.row(local), local, weight_.k);
-    fine_.quantize(step.kernels, hidden_.row(local), hidden_.stride, local, 1, weight_.k);
+    coarse_.quantize(step.kernels, hidden_.row(local), hidden_.stride, local, 1, 0, weight_.k);
+    coarse_.subtract_from(hidden_.row(local), local);
+    fine_.quantize(step.kernels, hidden_.row(local), hidden_.stride, local, 1, 0, weight_.k);
   }
 }
 

@@ -1,7 +1,5 @@
 #include "program/matmul_stage.h"
 
-#include <algorithm>
-
 namespace setpoint {
 
 namespace {
@@ -11,6 +9,8 @@ constexpr int kTileRows = 256;    // activations of a chunk stay in L2
 constexpr int kRowUnit = 32;      // the kernels' block of rows
 constexpr int kChunkPanels = 12;  // whole register tiles of three panels as well as of four
 constexpr int kChunksPerThread = 8;
+constexpr int kGatedUnit = 2;  // panels: a group of 32 activations is quantized as a whole
+static_assert(kChunkPanels % kGatedUnit == 0);
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -23,8 +23,9 @@ void run_matmul(const KernelTable& kernels, const MatmulArgs& args) {
     kernels.matmul_float(args);
 }
 
-void MatmulSchedule::reset(int rows, int panels, int threads) {
+void MatmulSchedule::reset(int rows, int panels, int threads, int unit) {
   rows_ = rows;
+  unit_ = unit;
   panels_ = panels;
   threads_ = threads;
   next_.store(0, std::memory_order_relaxed);
@@ -39,41 +40,71 @@ void MatmulSchedule::reset(int rows, int panels, int threads) {
 }
 
 bool MatmulStage::accepts(int in, bool quantized, const Item& item) const {
-  return in == in_ && quantized == quantized_ && item.out != in_ &&
+  return in == in_ && quantized == quantized_ && !activation_ && item.out != in_ &&
+         (before_ == nullptr || before_->leaves_alone(item.out)) &&
          std::none_of(items_.begin(), items_.end(), [&](const Item& other) { return other.out == item.out; });
 }
 
-void MatmulStage::add(Item item) {
-  panels_ += item.weight.panels();
-  items_.push_back(std::move(item));
+void MatmulStage::add(Item item) { items_.push_back(std::move(item)); }
+
+bool MatmulStage::multiplies(int gate, int up) const {
+  return items_.size() == 2 && items_[0].out == gate && items_[1].out == up && items_[0].weight.n == items_[1].weight.n;
+}
+
+void MatmulStage::prepare(const Step& step) {
+  int panels = 0;
+  for (const Item& item : items_) panels += item.weight.panels();
+  const int rows = step.num_rows(wanted_), threads = step.pool.size();
+  if (activation_)
+    schedule_.reset(rows, panels / 2, threads, kGatedUnit);
+  else
+    schedule_.reset(rows, panels, threads);
 }
 
 void MatmulStage::run(const Step& step, int thread) {
-  FloatRows& in = step.work.slots[static_cast<size_t>(in_)];
+  const SlotView view = before_ != nullptr ? before_->lead_in(step, thread) : SlotView(step.work);
   MatmulArgs args;
-  args.x = in.values.data();
-  args.x_stride = in.stride;
-  args.q = step.work.quantized.view();
+  args.x = view.values(in_).values.data();
+  args.x_stride = view.values(in_).stride;
+  if (quantized_) args.q = view.quantized(in_).view();
   schedule_.run(thread, [&](int row_begin, int row_end, int panel_begin, int panel_end) {
     args.row_begin = row_begin;
     args.row_end = row_end;
+    if (activation_) {
+      args.panel_begin = panel_begin;
+      args.panel_end = panel_end;
+      for (const Item& item : items_) multiply(step, item, args, panel_begin, panel_end);
+      return finish_gated(step, args);
+    }
     for (const Item& item : items_) {  // the panels of all items in a row, as one range
       const int panels = item.weight.panels();
-      args.panel_begin = std::max(0, panel_begin);
-      args.panel_end = std::min(panels, panel_end);
-      if (args.panel_begin < args.panel_end) {
-        FloatRows& out = step.work.slots[static_cast<size_t>(item.out)];
-        args.weight = &item.weight;
-        args.out = out.values.data();
-        args.out_stride = out.stride;
-        args.bias = item.bias.empty() ? nullptr : item.bias.data();
-        args.accumulate = item.accumulate;
-        run_matmul(step.kernels, args);
-      }
+      multiply(step, item, args, std::max(0, panel_begin), std::min(panels, panel_end));
       panel_begin -= panels;
       panel_end -= panels;
     }
   });
+}
+
+void MatmulStage::multiply(const Step& step, const Item& item, MatmulArgs args, int panel_begin, int panel_end) const {
+  if (panel_begin >= panel_end) return;
+  FloatRows& out = step.work.values(item.out);
+  args.weight = &item.weight;
+  args.panel_begin = panel_begin;
+  args.panel_end = panel_end;
+  args.out = out.values.data();
+  args.out_stride = out.stride;
+  args.bias = item.bias.empty() ? nullptr : item.bias.data();
+  args.accumulate = item.accumulate;
+  run_matmul(step.kernels, args);
+}
+
+void MatmulStage::finish_gated(const Step& step, const MatmulArgs& chunk) const {
+  Slot& gate = step.work.slots[static_cast<size_t>(items_[0].out)];
+  const int column = 16 * chunk.panel_begin, columns = std::min(16 * chunk.panel_end, gate.values.width) - column;
+  multiply_gated(step, *activation_, gate.values, step.work.values(items_[1].out), chunk.row_begin, chunk.row_end, column, columns);
+  if (quantizes_gated_)
+    gate.quantized.quantize(step.kernels, gate.values.row(chunk.row_begin) + column, gate.values.stride, chunk.row_begin,
+                            chunk.row_end - chunk.row_begin, column, columns);
 }
 
 }  // namespace setpoint

@@ -1,10 +1,13 @@
 // Matmuls that read one source and write different slots: one stage, one
-// barrier (q, k and v; gate and up).
+// barrier (q, k and v; gate and up), with the row ops around them that need none.
 #pragma once
+#include <algorithm>
 #include <atomic>
+#include <memory>
+#include <optional>
 #include <vector>
 
-#include "program/stage.h"
+#include "program/row_ops.h"
 
 namespace setpoint {
 
@@ -17,15 +20,16 @@ void run_matmul(const KernelTable& kernels, const MatmulArgs& args);
 // chunks taken from a counter, so a slow thread costs one chunk at most.
 class MatmulSchedule {
  public:
-  void reset(int rows, int panels, int threads);
+  // Ranges of panels begin and end at multiples of `unit`, the last end aside.
+  void reset(int rows, int panels, int threads, int unit = 1);
   // Calls visit(row_begin, row_end, panel_begin, panel_end) for this thread's
   // work.
   template <class Visit>
   void run(int thread, Visit&& visit) {
     if (rows_ == 0) return;
     if (chunk_panels_ == 0) {
-      const long begin = static_cast<long>(panels_) * thread / threads_, end = static_cast<long>(panels_) * (thread + 1) / threads_;
-      if (begin < end) visit(0, rows_, static_cast<int>(begin), static_cast<int>(end));
+      const int begin = share(thread), end = share(thread + 1);
+      if (begin < end) visit(0, rows_, begin, end);
       return;
     }
     for (;;) {
@@ -39,7 +43,12 @@ class MatmulSchedule {
   }
 
  private:
-  int rows_ = 0, panels_ = 0, threads_ = 1;
+  int share(int thread) const {  // first panel of a thread
+    const long units = (panels_ + unit_ - 1) / unit_;
+    return std::min(panels_, static_cast<int>(units * thread / threads_) * unit_);
+  }
+
+  int rows_ = 0, panels_ = 0, threads_ = 1, unit_ = 1;
   int row_tiles_ = 1, tile_rows_ = 0;
   int chunk_panels_ = 0;  // 0 = static shares
   alignas(64) std::atomic<int> next_{0};
@@ -54,23 +63,37 @@ class MatmulStage : public Stage {
     bool accumulate = false;
   };
 
-  // Reads Workspace::quantized when the weights are quantized codes, else slot
-  // `in`.
-  MatmulStage(int in, bool quantized, bool wanted) : in_(in), quantized_(quantized), wanted_(wanted) {}
+  // Reads the 8-bit copy of slot `in` when the weights are quantized codes, else its values. `before`, which may be
+  // null, makes them.
+  MatmulStage(int in, bool quantized, bool wanted, std::unique_ptr<RowStage> before)
+      : in_(in), quantized_(quantized), wanted_(wanted), before_(std::move(before)) {}
   // Whether `item` may run beside the others: same source, another output.
   bool accepts(int in, bool quantized, const Item& item) const;
   void add(Item item);
+  // Whether the items are just these two, of one shape; then gate = act(gate) * up follows chunk by chunk, while it
+  // is in cache.
+  bool multiplies(int gate, int up) const;
+  void follow_with(Activation act) { activation_ = act; }
+  // The slot that holds act(gate) * up, or -1; and its 8-bit copy follows as well.
+  int gated_slot() const { return activation_ ? items_[0].out : -1; }
+  void follow_with_quantize() { quantizes_gated_ = true; }
+  const RowStage* before() const { return before_.get(); }
 
   StageKind kind() const override { return StageKind::matmul; }
-  void prepare(const Step& step) override { schedule_.reset(step.num_rows(wanted_), panels_, step.pool.size()); }
+  void prepare(const Step& step) override;
   void run(const Step& step, int thread) override;
 
  private:
+  void multiply(const Step& step, const Item& item, MatmulArgs args, int panel_begin, int panel_end) const;
+  void finish_gated(const Step& step, const MatmulArgs& chunk) const;
+
   int in_;
   bool quantized_;
-  bool wanted_;     // only the rows whose logits are wanted
-  int panels_ = 0;  // of all items
+  bool wanted_;  // only the rows whose logits are wanted
+  std::unique_ptr<RowStage> before_;
   std::vector<Item> items_;
+  std::optional<Activation> activation_;
+  bool quantizes_gated_ = false;
   MatmulSchedule schedule_;
 };
 

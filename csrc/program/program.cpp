@@ -32,13 +32,14 @@ void Program::whole_batch() const { require(!wanted_, "the op needs every token,
 
 int Program::width(int slot) const {
   require(slot >= 0 && static_cast<size_t>(slot) < work_.slots.size(), "no such slot");
-  return work_.slots[static_cast<size_t>(slot)].width;
+  return work_.slots[static_cast<size_t>(slot)].values.width;
 }
 
 int Program::slot(int width) {
   building();
   require(width > 0 && width <= 1 << 24, "bad slot width");
-  work_.slots.emplace_back(std::max(limits_.max_tokens, limits_.max_rows), width);
+  work_.slots.push_back({FloatRows(std::max(limits_.max_tokens, limits_.max_rows), width), {}});
+  has_quantized_.push_back(false);
   return static_cast<int>(work_.slots.size()) - 1;
 }
 
@@ -52,7 +53,7 @@ int Program::rope_table(std::vector<float> inv_freq, float factor) {
 }
 
 void Program::written(int slot) {
-  if (slot == quantized_slot_) quantized_slot_ = -1;
+  if (slot >= 0) has_quantized_[static_cast<size_t>(slot)] = false;
 }
 
 void Program::add_row_op(std::unique_ptr<RowOp> op, int slot) {
@@ -93,21 +94,36 @@ void Program::rope(int slot, int head_dim, int table) {
   add_row_op(std::make_unique<Rope>(slot, width(slot) / head_dim, head_dim, table), slot);
 }
 
-void Program::quantize(int slot, int k) {
-  if (quantized_slot_ == slot) return;
-  add_row_op(std::make_unique<Quantize>(slot, k), -1);
-  quantized_slot_ = slot;
-  max_quantized_ = std::max(max_quantized_, k);
+// Where the slot has just been computed chunk by chunk, chunk by chunk.
+void Program::quantize(int slot) {
+  if (has_quantized_[static_cast<size_t>(slot)]) return;
+  if (matmul_stage_ != nullptr && matmul_stage_->gated_slot() == slot)
+    matmul_stage_->follow_with_quantize();
+  else
+    add_row_op(std::make_unique<Quantize>(slot), -1);
+  quantized_.add(slot);
+  has_quantized_[static_cast<size_t>(slot)] = true;
+}
+
+// The stage under construction, to lead in the next one.
+std::unique_ptr<RowStage> Program::take_row_stage() {
+  std::unique_ptr<RowStage> taken(static_cast<RowStage*>(stages_.back().release()));
+  stages_.pop_back();
+  row_stage_ = nullptr;
+  private_.add(taken->written().values);
+  return taken;
 }
 
 void Program::matmul(const PackedWeight& weight, int in, int out, std::vector<float> bias, bool accumulate) {
   building();
   require(weight.k == width(in) && weight.n == width(out) && in != out, "matmul: the weight does not fit the slots");
   require(bias.empty() || bias.size() == static_cast<size_t>(weight.n), "matmul: the bias does not fit the weight");
-  if (weight.is_quantized()) quantize(in, weight.k);
+  const bool quantized = weight.is_quantized();
+  if (quantized) quantize(in);
   MatmulStage::Item item{weight, out, std::move(bias), accumulate};
-  if (matmul_stage_ == nullptr || !matmul_stage_->accepts(in, weight.is_quantized(), item)) {
-    auto stage = std::make_unique<MatmulStage>(in, weight.is_quantized(), wanted_);
+  if (matmul_stage_ == nullptr || !matmul_stage_->accepts(in, quantized, item)) {
+    const bool lead_in = row_stage_ != nullptr && row_stage_->leaves_alone(out);
+    auto stage = std::make_unique<MatmulStage>(in, quantized, wanted_, lead_in ? take_row_stage() : nullptr);
     matmul_stage_ = stage.get();
     stages_.push_back(std::move(stage));
   }
@@ -139,20 +155,24 @@ void Program::attention(int layer, float scale, int q, int out) {
 }
 
 void Program::gated_multiply(Activation act, int gate, int up) {
-  require(width(gate) == width(up), "gated_multiply: widths differ");
-  add_row_op(std::make_unique<GatedMultiply>(act, gate, up), gate);
+  building();
+  require(width(gate) == width(up) && gate != up, "gated_multiply: the slots do not fit");
+  if (matmul_stage_ == nullptr || !matmul_stage_->multiplies(gate, up))
+    return add_row_op(std::make_unique<GatedMultiply>(act, gate, up), gate);
+  matmul_stage_->follow_with(act);
+  written(gate);
 }
 
-void Program::add(int in, int out) {
-  require(width(in) == width(out), "add: widths differ");
-  add_row_op(std::make_unique<Add>(in, out), out);
+void Program::add(int a, int b, int out) {
+  require(width(a) == width(out) && width(b) == width(out), "add: widths differ");
+  add_row_op(std::make_unique<Add>(a, b, out), out);
 }
 
 void Program::select_rows(int in, int out) {
   require(width(in) == width(out) && in != out, "select_rows: widths differ");
   if (!wanted_) row_stage_ = nullptr;  // the stage so far is one of all rows
   wanted_ = true;
-  quantized_slot_ = -1;
+  has_quantized_.assign(has_quantized_.size(), false);
   add_row_op(std::make_unique<SelectRows>(in, out), out);
 }
 
@@ -161,7 +181,7 @@ void Program::head(int in, std::vector<float> norm_weight, float eps, const Pack
   require(weight.k == width(in), "head: the weight does not fit the slot");
   auto stage =
       std::make_unique<HeadStage>(in, wanted_, HeadStage::Norm{std::move(norm_weight), eps}, weight, limits_, pool_.size(), kernels_.isa);
-  work_.quantized = QuantizedActivations(std::max(limits_.max_tokens, limits_.max_rows), max_quantized_);
+  allocate_slots();
   for (int thread = 0; thread < pool_.size(); ++thread) {
     work_.attention_scratch.emplace_back(attention_floats_);
     work_.split_scratch.emplace_back(split_floats_);
@@ -170,6 +190,22 @@ void Program::head(int in, std::vector<float> norm_weight, float eps, const Pack
   batch_.emplace(limits_, kv_.groups());
   head_ = stage.get();
   stages_.push_back(std::move(stage));
+}
+
+// The copies of slots that only the finished program knows of.
+void Program::allocate_slots() {
+  const int rows = std::max(limits_.max_tokens, limits_.max_rows);
+  work_.private_slots.resize(static_cast<size_t>(pool_.size()));
+  for (size_t i = 0; i < work_.slots.size(); ++i) {
+    const int slot = static_cast<int>(i), width = work_.slots[i].values.width;
+    if (quantized_.has(slot)) work_.slots[i].quantized = QuantizedActivations(rows, width);
+    for (size_t thread = 0; thread < work_.private_slots.size(); ++thread) {
+      Slot copy;
+      if (thread > 0 && private_.has(slot)) copy.values = FloatRows(kPrivateRows, width);
+      if (thread > 0 && quantized_.has(slot)) copy.quantized = QuantizedActivations(kPrivateRows, width);
+      work_.private_slots[thread].push_back(std::move(copy));
+    }
+  }
 }
 
 void Program::run_stages(const Step& step, int thread) {

@@ -44,7 +44,7 @@ class Program {
   void kv_store(int layer, int k, int v);
   void attention(int layer, float scale, int q, int out);
   void gated_multiply(Activation act, int gate, int up);
-  void add(int in, int out);
+  void add(int a, int b, int out);
   // From here on only the rows whose logits are wanted are computed; `in` is
   // copied to `out` for them. Follows the last attention: what the other tokens
   // would still compute, nobody reads.
@@ -73,9 +73,11 @@ class Program {
   void building() const;
   void whole_batch() const;
   void add_row_op(std::unique_ptr<RowOp> op, int written);
-  void quantize(int slot, int k);
+  void quantize(int slot);
   void written(int slot);
+  std::unique_ptr<RowStage> take_row_stage();
   std::unique_lock<std::mutex> enter();  // one caller at a time
+  void allocate_slots();
   void run_stages(const Step& step, int thread);
 
   const Limits limits_;
@@ -87,10 +89,10 @@ class Program {
   RowStage* row_stage_ = nullptr;        // the last stage, if it is one of rows
   MatmulStage* matmul_stage_ = nullptr;  // the last stage, if it is one of matmuls
   HeadStage* head_ = nullptr;
-  bool wanted_ = false;      // select_rows was called
-  int quantized_slot_ = -1;  // whose activations Workspace::quantized holds at
-                             // this point of the program
-  int max_quantized_ = 0;
+  bool wanted_ = false;              // select_rows was called
+  SlotSet quantized_;                // slots that some matmul reads as 8-bit integers
+  std::vector<bool> has_quantized_;  // whose 8-bit copy is up to date at this point of the program
+  SlotSet private_;                  // slots that threads may want copies of
   size_t attention_floats_ = 0, split_floats_ = 0, partial_floats_ = 0;
   std::optional<Batch> batch_;
   std::mutex stepping_;

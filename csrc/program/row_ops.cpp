@@ -4,25 +4,8 @@
 
 namespace setpoint {
 
-namespace {
-
-constexpr int kRowTile = 8;  // rows that pass through a stage's ops together
-
-}  // namespace
-
-void RowStage::run(const Step& step, int thread) {
-  const long rows = step.num_rows(wanted_), threads = step.pool.size();
-  // Rounded up, so that a single row is the caller's: it is awake for certain.
-  const int first = static_cast<int>((rows * thread + threads - 1) / threads);
-  const int last = static_cast<int>((rows * (thread + 1) + threads - 1) / threads);
-  for (int begin = first; begin < last; begin += kRowTile) {
-    const int end = std::min(begin + kRowTile, last);
-    for (const auto& op : ops_) op->run(step, begin, end);
-  }
-}
-
-void Embed::run(const Step& step, int begin, int end) const {
-  FloatRows& out = step.work.slots[static_cast<size_t>(out_)];
+void Embed::run(const Step& step, const SlotView& view, int begin, int end) const {
+  FloatRows& out = view.values(out_);
   for (int row = begin; row < end; ++row) {
     const size_t token = static_cast<size_t>(step.batch.inputs().tokens[static_cast<size_t>(row)]);
     float* values = out.row(row);
@@ -32,34 +15,36 @@ void Embed::run(const Step& step, int begin, int end) const {
   }
 }
 
-void FillRope::run(const Step& step, int begin, int end) const {
+void FillRope::run(const Step& step, const SlotView& view, int begin, int end) const {
+  if (!view.is_shared()) return;
   for (int row = begin; row < end; ++row) step.work.ropes[static_cast<size_t>(table_)].fill(row, step.batch.position_of(row));
 }
 
-void RmsNorm::run(const Step& step, int begin, int end) const {
-  FloatRows& in = step.work.slots[static_cast<size_t>(in_)];
-  FloatRows& out = step.work.slots[static_cast<size_t>(out_)];
+void RmsNorm::run(const Step& step, const SlotView& view, int begin, int end) const {
+  FloatRows& in = view.values(in_);
+  FloatRows& out = view.values(out_);
   step.kernels.rms_norm(in.row(begin), in.stride, weight_.data(), eps_, end - begin, in.width, out.row(begin), out.stride);
 }
 
-void HeadNorm::run(const Step& step, int begin, int end) const {
-  FloatRows& slot = step.work.slots[static_cast<size_t>(slot_)];
+void HeadNorm::run(const Step& step, const SlotView& view, int begin, int end) const {
+  FloatRows& slot = view.values(slot_);
   const int head_dim = static_cast<int>(weight_.size());
   for (int row = begin; row < end; ++row)
     step.kernels.rms_norm(slot.row(row), weight_.size(), weight_.data(), eps_, heads_, head_dim, slot.row(row), weight_.size());
 }
 
-void Rope::run(const Step& step, int begin, int end) const {
-  FloatRows& slot = step.work.slots[static_cast<size_t>(slot_)];
+void Rope::run(const Step& step, const SlotView& view, int begin, int end) const {
+  FloatRows& slot = view.values(slot_);
   const RopeTable& table = step.work.ropes[static_cast<size_t>(table_)];
   const size_t first = static_cast<size_t>(begin) * table.inv_freq.size();
   step.kernels.rope(slot.row(begin), slot.stride, end - begin, heads_, head_dim_, table.half(), table.cos.data() + first,
                     table.sin.data() + first);
 }
 
-void KvStore::run(const Step& step, int begin, int end) const {
-  FloatRows& k = step.work.slots[static_cast<size_t>(k_)];
-  FloatRows& v = step.work.slots[static_cast<size_t>(v_)];
+void KvStore::run(const Step& step, const SlotView& view, int begin, int end) const {
+  if (!view.is_shared()) return;
+  FloatRows& k = view.values(k_);
+  FloatRows& v = view.values(v_);
   for (int row = begin; row < end;) {  // a run of rows of one entry at a time
     const int entry = step.batch.entry_of(row);
     const int stop = std::min(end, step.batch.entries()[static_cast<size_t>(entry)].end);
@@ -77,29 +62,33 @@ void KvStore::run(const Step& step, int begin, int end) const {
   }
 }
 
-void Quantize::run(const Step& step, int begin, int end) const {
-  FloatRows& in = step.work.slots[static_cast<size_t>(in_)];
-  step.work.quantized.quantize(step.kernels, in.row(begin), in.stride, begin, end - begin, k_);
+void Quantize::run(const Step& step, const SlotView& view, int begin, int end) const {
+  FloatRows& in = view.values(in_);
+  view.quantized(in_).quantize(step.kernels, in.row(begin), in.stride, begin, end - begin, 0, in.width);
 }
 
-void GatedMultiply::run(const Step& step, int begin, int end) const {
-  FloatRows& gate = step.work.slots[static_cast<size_t>(gate_)];
-  FloatRows& up = step.work.slots[static_cast<size_t>(up_)];
-  const auto kernel = act_ == Activation::silu ? step.kernels.silu_mul : step.kernels.gelu_tanh_mul;
-  kernel(gate.row(begin), up.row(begin), gate.stride, end - begin, gate.width, gate.row(begin), gate.stride);
+void multiply_gated(const Step& step, Activation act, FloatRows& gate, FloatRows& up, int begin, int end, int column, int columns) {
+  const auto kernel = act == Activation::silu ? step.kernels.silu_mul : step.kernels.gelu_tanh_mul;
+  kernel(gate.row(begin) + column, up.row(begin) + column, gate.stride, end - begin, columns, gate.row(begin) + column, gate.stride);
 }
 
-void SelectRows::run(const Step& step, int begin, int end) const {
-  FloatRows& in = step.work.slots[static_cast<size_t>(in_)];
-  FloatRows& out = step.work.slots[static_cast<size_t>(out_)];
+void GatedMultiply::run(const Step& step, const SlotView& view, int begin, int end) const {
+  FloatRows& gate = view.values(gate_);
+  multiply_gated(step, act_, gate, view.values(up_), begin, end, 0, gate.width);
+}
+
+void SelectRows::run(const Step& step, const SlotView& view, int begin, int end) const {
+  FloatRows& in = view.values(in_);
+  FloatRows& out = view.values(out_);
   for (int row = begin; row < end; ++row)
     std::copy_n(in.row(step.batch.inputs().rows[static_cast<size_t>(row)].token), in.width, out.row(row));
 }
 
-void Add::run(const Step& step, int begin, int end) const {
-  FloatRows& in = step.work.slots[static_cast<size_t>(in_)];
-  FloatRows& out = step.work.slots[static_cast<size_t>(out_)];
-  step.kernels.add(in.row(begin), in.stride, end - begin, in.width, out.row(begin), out.stride);
+void Add::run(const Step& step, const SlotView& view, int begin, int end) const {
+  FloatRows& a = view.values(a_);
+  FloatRows& b = view.values(b_);
+  FloatRows& out = view.values(out_);
+  step.kernels.add(a.row(begin), b.row(begin), a.stride, end - begin, a.width, out.row(begin), out.stride);
 }
 
 }  // namespace setpoint

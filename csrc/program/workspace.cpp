@@ -7,17 +7,18 @@ namespace setpoint {
 FloatRows::FloatRows(int rows, int width)
     : width(width), stride((static_cast<size_t>(width) + 15) / 16 * 16 + 16), values(static_cast<size_t>(rows) * stride) {}
 
-QuantizedActivations::QuantizedActivations(int rows, int max_k)
-    : codes(static_cast<size_t>(rows) * static_cast<size_t>(max_k)),
-      scales(static_cast<size_t>(rows) * static_cast<size_t>(max_k / 32)),
-      sums(static_cast<size_t>(rows) * static_cast<size_t>(max_k / 16)) {}
+QuantizedActivations::QuantizedActivations(int rows, int k)
+    : k(k),
+      codes(static_cast<size_t>(rows) * static_cast<size_t>(k)),
+      scales(static_cast<size_t>(rows) * static_cast<size_t>(k / 32)),
+      sums(static_cast<size_t>(rows) * static_cast<size_t>(k / 16)) {}
 
-void QuantizedActivations::quantize(const KernelTable& kernels, const float* x, size_t x_stride, int begin, int rows, int k) {
-  const size_t first = static_cast<size_t>(begin) * static_cast<size_t>(k);
-  kernels.quantize_rows(x, x_stride, rows, k, codes.data() + first, scales.data() + first / 32, sums.data() + first / 16);
+void QuantizedActivations::quantize(const KernelTable& kernels, const float* x, size_t x_stride, int begin, int rows, int column, int n) {
+  const size_t stride = static_cast<size_t>(k), first = static_cast<size_t>(begin) * stride + static_cast<size_t>(column);
+  kernels.quantize_rows(x, x_stride, rows, n, codes.data() + first, scales.data() + first / 32, sums.data() + first / 16, stride);
 }
 
-void QuantizedActivations::subtract_from(float* x, int row, int k) const {
+void QuantizedActivations::subtract_from(float* x, int row) const {
   const size_t first = static_cast<size_t>(row) * static_cast<size_t>(k);
   for (int i = 0; i < k; ++i) {
     const size_t at = first + static_cast<size_t>(i);

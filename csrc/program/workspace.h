@@ -18,14 +18,16 @@ struct FloatRows {
   MappedArray<float> values;
 };
 
-// Quantized activations of one source at a time (QuantizedRows' layout).
+// Quantized rows of k inputs (QuantizedRows' layout).
 struct QuantizedActivations {
   QuantizedActivations() = default;
-  QuantizedActivations(int rows, int max_k);
-  void quantize(const KernelTable& kernels, const float* x, size_t x_stride, int begin, int rows, int k);
+  QuantizedActivations(int rows, int k);
+  // Columns [column, column + n) of some rows, both multiples of 32; x points at the first of them.
+  void quantize(const KernelTable& kernels, const float* x, size_t x_stride, int begin, int rows, int column, int n);
   // x -= what row `row` stands for: the part that quantizing rounded away.
-  void subtract_from(float* x, int row, int k) const;
+  void subtract_from(float* x, int row) const;
   QuantizedRows view() const { return {codes.data(), scales.data(), sums.data()}; }
+  int k = 0;
   MappedArray<int8_t> codes;
   MappedArray<float> scales;
   MappedArray<int32_t> sums;
@@ -41,9 +43,21 @@ struct RopeTable {
   MappedArray<float> cos, sin;  // [max_tokens][half]
 };
 
-struct Workspace {
-  std::vector<FloatRows> slots;
+// A slot's values and, where matmuls read them as 8-bit integers, those.
+struct Slot {
+  FloatRows values;
   QuantizedActivations quantized;
+};
+
+// Rows up to which every thread computes a stage's inputs for itself: that takes less time than to wait for another
+// thread's part of them.
+constexpr int kPrivateRows = 4;
+
+struct Workspace {
+  FloatRows& values(int slot) { return slots[static_cast<size_t>(slot)].values; }
+
+  std::vector<Slot> slots;
+  std::vector<std::vector<Slot>> private_slots;  // [thread][slot]: kPrivateRows rows, where any stage wants them
   std::vector<RopeTable> ropes;
   std::vector<MappedArray<float>> attention_scratch;  // per thread
   std::vector<MappedArray<float>> split_scratch;      // per thread: one (tile, kv head, split) of partial

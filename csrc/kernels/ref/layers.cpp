@@ -50,9 +50,9 @@ void activation_mul(const float* gate, const float* up, size_t stride, int rows,
 float silu(float x) { return silu_scalar(x); }
 float gelu_tanh(float x) { return gelu_tanh_scalar(x); }
 
-void add(const float* x, size_t x_stride, int rows, int n, float* out, size_t out_stride) {
+void add(const float* x, const float* y, size_t stride, int rows, int n, float* out, size_t out_stride) {
   for (int row = 0; row < rows; ++row)
-    for (int i = 0; i < n; ++i) out[row * out_stride + i] = out[row * out_stride + i] + x[row * x_stride + i];
+    for (int i = 0; i < n; ++i) out[row * out_stride + i] = x[row * stride + i] + y[row * stride + i];
 }
 
 void exp(const float* x, int n, float* out) {

@@ -77,8 +77,8 @@ struct Sum {
 };
 
 template <class Operation>
-void map_pairs(const float* a, size_t a_stride, const float* b, size_t b_stride, int rows, int n, float* out, size_t out_stride) {
-  for (int row = 0; row < rows; ++row, a += a_stride, b += b_stride, out += out_stride) {
+void map_pairs(const float* a, const float* b, size_t stride, int rows, int n, float* out, size_t out_stride) {
+  for (int row = 0; row < rows; ++row, a += stride, b += stride, out += out_stride) {
     int i = 0;
     for (; i + kLanes <= n; i += kLanes) store(out + i, Operation::apply(load(a + i), load(b + i)));
     if (i < n) store_first(out + i, n - i, Operation::apply(load_first(a + i, n - i), load_first(b + i, n - i)));
@@ -86,15 +86,15 @@ void map_pairs(const float* a, size_t a_stride, const float* b, size_t b_stride,
 }
 
 void silu_mul(const float* gate, const float* up, size_t stride, int rows, int n, float* out, size_t out_stride) {
-  map_pairs<SiluMul>(gate, stride, up, stride, rows, n, out, out_stride);
+  map_pairs<SiluMul>(gate, up, stride, rows, n, out, out_stride);
 }
 
 void gelu_tanh_mul(const float* gate, const float* up, size_t stride, int rows, int n, float* out, size_t out_stride) {
-  map_pairs<GeluTanhMul>(gate, stride, up, stride, rows, n, out, out_stride);
+  map_pairs<GeluTanhMul>(gate, up, stride, rows, n, out, out_stride);
 }
 
-void add_rows(const float* x, size_t x_stride, int rows, int n, float* out, size_t out_stride) {
-  map_pairs<Sum>(out, out_stride, x, x_stride, rows, n, out, out_stride);
+void add_rows(const float* x, const float* y, size_t stride, int rows, int n, float* out, size_t out_stride) {
+  map_pairs<Sum>(x, y, stride, rows, n, out, out_stride);
 }
 
 void exp_values(const float* x, int n, float* out) {

@@ -43,9 +43,10 @@ void quantize_group(const float* at, int8_t* codes, float* scale, int32_t* sums)
   sums[1] = _mm256_extract_epi32(parts, 4) + _mm256_extract_epi32(parts, 6) - 16 * 128;
 }
 
-void quantize_rows(const float* x, size_t x_stride, int rows, int k, int8_t* codes, float* scales, int32_t* sums) {
-  for (int row = 0; row < rows; ++row, x += x_stride)
-    for (int begin = 0; begin < k; begin += kGroup, codes += kGroup, sums += 2) quantize_group(x + begin, codes, scales++, sums);
+void quantize_rows(const float* x, size_t x_stride, int rows, int n, int8_t* codes, float* scales, int32_t* sums, size_t out_k) {
+  for (int row = 0; row < rows; ++row, x += x_stride, codes += out_k, scales += out_k / 32, sums += out_k / 16)
+    for (int group = 0; group < n / kGroup; ++group)
+      quantize_group(x + group * kGroup, codes + group * kGroup, scales + group, sums + 2 * group);
 }
 
 }  // namespace

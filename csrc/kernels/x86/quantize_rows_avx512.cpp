@@ -34,20 +34,23 @@ inline int32_t sum_of(__m128i codes) {  // 16 signed bytes, made unsigned for th
   return _mm_cvtsi128_si32(halves) + _mm_extract_epi32(halves, 2) - 16 * 128;
 }
 
-void quantize_rows(const float* x, size_t x_stride, int rows, int k, int8_t* codes, float* scales, int32_t* sums) {
-  for (int row = 0; row < rows; ++row, x += x_stride)
-    for (int begin = 0; begin < k; begin += kGroup, codes += kGroup, sums += 2) {
-      const __m512 first = _mm512_loadu_ps(x + begin), second = _mm512_loadu_ps(x + begin + 16);
-      const float scale = group_scale(first, second);
-      const __m512 wide = _mm512_set1_ps(scale);
-      const __mmask16 valid = scale > 0 && scale < __builtin_inff() ? 0xffff : 0;
-      const __m128i low = codes_of(first, wide, valid), high = codes_of(second, wide, valid);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), low);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), high);
-      *scales++ = scale;
-      sums[0] = sum_of(low);
-      sums[1] = sum_of(high);
-    }
+inline void quantize_group(const float* x, int8_t* codes, float* scale_out, int32_t* sums) {
+  const __m512 first = _mm512_loadu_ps(x), second = _mm512_loadu_ps(x + 16);
+  const float scale = group_scale(first, second);
+  const __m512 wide = _mm512_set1_ps(scale);
+  const __mmask16 valid = scale > 0 && scale < __builtin_inff() ? 0xffff : 0;
+  const __m128i low = codes_of(first, wide, valid), high = codes_of(second, wide, valid);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), low);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), high);
+  *scale_out = scale;
+  sums[0] = sum_of(low);
+  sums[1] = sum_of(high);
+}
+
+void quantize_rows(const float* x, size_t x_stride, int rows, int n, int8_t* codes, float* scales, int32_t* sums, size_t out_k) {
+  for (int row = 0; row < rows; ++row, x += x_stride, codes += out_k, scales += out_k / 32, sums += out_k / 16)
+    for (int group = 0; group < n / kGroup; ++group)
+      quantize_group(x + group * kGroup, codes + group * kGroup, scales + group, sums + 2 * group);
 }
 
 }  // namespace

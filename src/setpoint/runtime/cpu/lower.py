@@ -148,18 +148,25 @@ class _Lowering:
                 self.wanted(self.x, self.model.hidden),
             )
         if isinstance(layer, SandwichBlock):
-            self.out_projection(prefix, layer.attention, mixed, self.h, accumulate=False)
-            self.norm(prefix, layer.post_attention_norm, self.h, self.h)
-            self.program.add(self.h, self.x)
+            y = self.slot("y", self.model.hidden)
+            self.out_projection(prefix, layer.attention, mixed, y, accumulate=False)
+            self.add_normed(prefix, layer.post_attention_norm, y)
         else:
             self.out_projection(prefix, layer.attention, mixed, self.x, accumulate=True)
         self.norm(prefix, layer.mlp_norm, self.x, self.h)
         if isinstance(layer, SandwichBlock):
-            self.mlp(prefix, layer.mlp, self.h, accumulate=False)
-            self.norm(prefix, layer.post_mlp_norm, self.h, self.h)
-            self.program.add(self.h, self.x)
+            self.mlp(prefix, layer.mlp, y, accumulate=False)
+            self.add_normed(prefix, layer.post_mlp_norm, y)
         else:
             self.mlp(prefix, layer.mlp, self.x, accumulate=True)
+
+    def add_normed(self, prefix: str, norm: RMSNorm, part: int) -> None:
+        """x + norm(part) becomes the residual stream, in the other of two slots: every thread may compute it then."""
+        self.norm(prefix, norm, part, self.h)
+        names = ("x", "x'")
+        other = next(slot for name in names if (slot := self.slot(name, self.model.hidden)) != self.x)
+        self.program.add(self.x, self.h, other)
+        self.x = other
 
     def wanted(self, slot: int, width: int) -> int:
         """`slot` without the rows that nobody reads once the last layer's keys and values are stored."""
