@@ -158,6 +158,21 @@ def test_quantize_rows_equals_the_reference_at_the_edges(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_quantize_rows_by_columns(isa: str) -> None:
+    x = normal(5, 224, 14)
+    whole = _native.kernels_quantize_rows(isa, x)
+    for begin, end in ((0, 64), (96, 128), (160, 224)):
+        for part, full, per in zip(
+            _native.kernels_quantize_rows(isa, x, (begin, end)), whole, (1, 32, 16), strict=True
+        ):
+            expected = np.zeros_like(full)
+            expected[:, begin // per : end // per] = full[:, begin // per : end // per]
+            np.testing.assert_array_equal(part, expected)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        _native.kernels_quantize_rows(isa, x, (16, 64))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_non_finite_inputs_spoil_only_their_row(isa: str, value: float) -> None:
     x = normal(5, 256, 13)

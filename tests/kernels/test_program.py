@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -102,6 +103,42 @@ def test_a_ragged_batch_gives_the_bits_of_each_alone() -> None:
         for i, tokens in enumerate(sequences)
     ]
     assert same_bits(runner.logits(StepPlan(together)), np.concatenate(alone))
+
+
+@pytest.mark.parametrize("name", ["grouped", "biases", "gemma"])
+@pytest.mark.parametrize("format", ["F32", "Q8_0", "mixed"])
+def test_batches_on_both_sides_of_every_threshold(name: str, format: str) -> None:
+    """Up to 4 rows each thread norms and quantizes for itself; from 33 rows on matmuls are shared out in chunks."""
+    model = MODELS[name]
+    checkpoint = MemoryCheckpoint(model, "Q8_0" if format == "mixed" else format)
+    if format == "mixed":  # readers of one source that want it in different forms, and gates that cannot be fused
+        for part in ("attn.k_proj", "mlp.up_proj"):
+            checkpoint.put(f"layers.0.{part}.weight", checkpoint.values[f"layers.0.{part}.weight"])
+    sequences = [tokens_of(2 + i % 5, seed=i) for i in range(34)]
+    options: dict[str, Any] = {"max_num_seqs": len(sequences), "kv_dtype": "f16"}
+
+    def entries(runner: CpuRunner, part: slice) -> list[PlanEntry]:
+        found = []
+        for i, tokens in enumerate(sequences):
+            first, now = part.indices(len(tokens))[0], tokens[part]
+            found.append(PlanEntry(i, now, first, tables(runner, 16, i), [LogitsRow(len(now) - 1, target=0)]))
+        return found
+
+    def decode(runner: CpuRunner, batches: Sequence[int]) -> list[FLOATS]:
+        runner.logits(StepPlan(entries(runner, slice(0, -1))))
+        last = entries(runner, slice(-1, None))
+        return [runner.logits(StepPlan(last[:batch])) for batch in batches]
+
+    plain = open_runner(model, checkpoint, isa="ref", num_threads=1, **options)
+    plain.logits(StepPlan(entries(plain, slice(0, -1))))
+    alone = np.concatenate([plain.logits(StepPlan([entry])) for entry in entries(plain, slice(-1, None))])
+    for threads in (1, 2, 3, 4):
+        for batch, found in zip(
+            batches := (1, 2, 3, 4, 5, 8, 32, 33, 34),
+            decode(open_runner(model, checkpoint, num_threads=threads, **options), batches),
+            strict=True,
+        ):
+            assert same_bits(found, alone[:batch]), (threads, batch)
 
 
 @pytest.fixture(scope="module")
