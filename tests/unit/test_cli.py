@@ -32,6 +32,7 @@ PAGES = [
     ("chat",),
     ("generate",),
     ("bench", "engine"),
+    ("probe",),
     ("inspect", "model"),
     ("inspect", "machine"),
     ("inspect", "knobs"),

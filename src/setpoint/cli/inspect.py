@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from setpoint.cli.arguments import Json, Model
-from setpoint.cli.console import DownloadBar, command_app, print_json, printable
+from setpoint.cli.console import DownloadBar, command_app, print_json, printable, say
 
 app = command_app("Show a model, this machine, or every knob.")
 
@@ -76,35 +76,33 @@ def tree_lines(tree: Any) -> list[str]:
 
 @app.command()
 def machine(json: Json = False) -> None:
-    """What this machine can run."""
-    import platform
-
+    """What this machine can run, and what `setpoint probe` measured that it can do at most."""
     from setpoint import _native
+    from setpoint.cli.probe import identity_line, record_lines
     from setpoint.config import this_machine
+    from setpoint.tune.machine import load, this_identity
 
-    facts = this_machine()
-    document = {
-        "architecture": platform.machine(),
-        "cpu": _cpu_name(),
-        "cpus": facts.num_cpus,
-        "available_memory_bytes": facts.available_memory_bytes,
-        "kernels": list(_native.available_isas()),
-    }
+    facts, identity = this_machine(), this_identity()
+    record = load(lambda problem: say(f"setpoint: {problem}; measure again with `setpoint probe`"))
     if json:
-        print_json(document)
+        print_json(
+            {
+                "architecture": identity.architecture,
+                "cpu": identity.cpu_model,
+                "cpus": facts.num_cpus,
+                "available_memory_bytes": facts.available_memory_bytes,
+                "kernels": list(_native.available_isas()),
+                "identity": asdict(identity),
+                "measured": None if record is None else asdict(record),
+            }
+        )
         return
-    print(f"{document['cpu']} ({document['architecture']}), {facts.num_cpus} CPUs for this process")
+    print(printable(f"{identity.cpu_model} ({identity.architecture}), {facts.num_cpus} CPUs for this process"))
+    print(identity_line(identity))
     print(f"free memory: {facts.available_memory_bytes / (1 << 30):.1f} GiB")
     print(f"kernels: {', '.join(_native.available_isas())} (the last is used)")
-
-
-def _cpu_name() -> str:
-    from pathlib import Path
-
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown CPU"
+    for line in ["Ceilings: not measured yet; `setpoint probe` does it"] if record is None else record_lines(record):
+        print(line)
 
 
 @app.command()
