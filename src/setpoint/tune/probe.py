@@ -37,7 +37,7 @@ class Probe:
 
 
 def measure_machine(seconds: float, report: Callable[[int, int], None]) -> MachineRecord:
-    """Measure every ceiling in about `seconds`, three rounds at least; on a machine too busy for that, in twice as long.
+    """Measure every ceiling in about `seconds`, three rounds at least; in twice as long on a machine too busy for that.
 
     Kinds and thread counts take turns, so that a drift of the machine meets all of them. `report(done, total)` counts
     slices.
@@ -98,7 +98,7 @@ def _kinds(probe: _native.Probe, identity: MachineIdentity, threads: int) -> dic
     return kinds
 
 
-def _ceilings(threads: int, samples: dict[tuple[int, str], list[float]], median_us: float, p99_us: float) -> Ceilings:
+def _ceilings(threads: int, samples: dict[tuple[int, str], list[float]], barrier_us: tuple[float, float]) -> Ceilings:
     def rate(name: str) -> Rate | None:
         return _rate(samples[threads, name]) if samples[threads, name] else None
 
