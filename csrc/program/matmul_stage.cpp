@@ -4,10 +4,11 @@ namespace setpoint {
 
 namespace {
 
-constexpr int kStaticRows = 32;   // up to here a matmul is short, and reading the weights is much of it
-constexpr int kTileRows = 256;    // activations of a chunk stay in L2
-constexpr int kRowUnit = 32;      // the kernels' block of rows
-constexpr int kChunkPanels = 12;  // whole register tiles of three panels as well as of four
+constexpr int kStaticRows = 32;                       // up to here a matmul is short, and reading the weights is much of it
+constexpr int kMinTileRows = 96, kMaxTileRows = 256;  // enough to pay for unpacking weights; activations that fit in L2
+constexpr int kRowUnit = 4;                           // the kernels' register tile
+constexpr int kPanelUnit = 3;                         // likewise
+constexpr int kMaxChunkPanels = 12;
 constexpr int kChunksPerThread = 8;
 constexpr int kGatedUnit = 2;  // panels: a group of 32 activations is quantized as a whole
 static_assert(kChunkPanels % kGatedUnit == 0);
@@ -33,9 +34,11 @@ void MatmulSchedule::reset(int rows, int panels, int threads, int unit) {
   tile_rows_ = rows;
   chunk_panels_ = 0;
   if (rows <= kStaticRows) return;
-  chunk_panels_ = kChunkPanels;
-  const int wanted = std::max(ceil_div(kChunksPerThread * threads, ceil_div(panels, kChunkPanels)), ceil_div(rows, kTileRows));
-  tile_rows_ = ceil_div(ceil_div(rows, wanted), kRowUnit) * kRowUnit;
+  const int wanted = kChunksPerThread * threads;
+  row_tiles_ = ceil_div(rows, kMaxTileRows);
+  chunk_panels_ = std::clamp(panels * row_tiles_ / wanted, kPanelUnit, kMaxChunkPanels) / kPanelUnit * kPanelUnit;
+  row_tiles_ = std::max(row_tiles_, std::min(rows / kMinTileRows, ceil_div(wanted, ceil_div(panels, chunk_panels_))));
+  tile_rows_ = ceil_div(ceil_div(rows, row_tiles_), kRowUnit) * kRowUnit;
   row_tiles_ = ceil_div(rows, tile_rows_);
 }
 

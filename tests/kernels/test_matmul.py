@@ -57,6 +57,17 @@ def test_isas_equal_the_reference_for_every_k(isa: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("isa", FAST_ISAS)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_many_rows_equal_the_reference(isa: str, name: str) -> None:
+    # Tiles of every height and width, several chunks of K, a partial last panel.
+    k = FORMATS[name].block_elements * (4 if FORMATS[name].block_elements == 256 else 25)
+    for rows, n in [(8, 16), (9, 31), (10, 48), (11, 64), (13, 75), (20, 112)]:
+        x, bias, residual = normal(rows, k, rows), normal(1, n, 2)[0], normal(rows, n, 3)
+        fused = [_native.kernels_matmul(i, packed(name, n, k), x, bias, residual) for i in (isa, "ref")]
+        assert same_bits(*fused), (rows, n)
+
+
+@pytest.mark.parametrize("isa", FAST_ISAS)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("k", [256, 1280])
 def test_a_row_does_not_depend_on_its_batch(isa: str, name: str, k: int) -> None:

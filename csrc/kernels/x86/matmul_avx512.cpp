@@ -125,10 +125,17 @@ struct Vnni {
   }
 };
 
+constexpr int kGemmMinRows = 8;  // from here on unpacking the weights once pays
+
+void matmul_any_rows(const MatmulArgs& m) {
+  if (m.row_end - m.row_begin >= kGemmMinRows) return matmul_gemm_avx512(m);
+  matmul<Vnni>(m);
+}
+
 }  // namespace
 
 void register_avx512_matmul(KernelTable& t) {
-  t.matmul_quantized = matmul<Vnni>;
+  t.matmul_quantized = matmul_any_rows;
   register_avx512_matmul_float(t);
   register_avx512_quantize_rows(t);
 }
