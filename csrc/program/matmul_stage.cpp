@@ -11,7 +11,6 @@ constexpr int kPanelUnit = 3;                         // likewise
 constexpr int kMaxChunkPanels = 12;
 constexpr int kChunksPerThread = 8;
 constexpr int kGatedUnit = 2;  // panels: a group of 32 activations is quantized as a whole
-static_assert(kChunkPanels % kGatedUnit == 0);
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -36,7 +35,8 @@ void MatmulSchedule::reset(int rows, int panels, int threads, int unit) {
   if (rows <= kStaticRows) return;
   const int wanted = kChunksPerThread * threads;
   row_tiles_ = ceil_div(rows, kMaxTileRows);
-  chunk_panels_ = std::clamp(panels * row_tiles_ / wanted, kPanelUnit, kMaxChunkPanels) / kPanelUnit * kPanelUnit;
+  const int panel_unit = kPanelUnit * unit;
+  chunk_panels_ = std::clamp(panels * row_tiles_ / wanted, panel_unit, kMaxChunkPanels) / panel_unit * panel_unit;
   row_tiles_ = std::max(row_tiles_, std::min(rows / kMinTileRows, ceil_div(wanted, ceil_div(panels, chunk_panels_))));
   tile_rows_ = ceil_div(ceil_div(rows, row_tiles_), kRowUnit) * kRowUnit;
   row_tiles_ = ceil_div(rows, tile_rows_);
