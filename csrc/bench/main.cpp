@@ -8,7 +8,9 @@
 
 #include <fnmatch.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
@@ -50,6 +52,13 @@ std::vector<std::string> split(std::string text, char separator) {
   return parts;
 }
 
+double number_of(const std::string& flag, const std::string& text) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end != '\0') throw std::invalid_argument(flag + " is not a number: " + text);
+  return value;
+}
+
 Options parse(int count, char** arguments) {
   Options options;
   for (int i = 1; i < count; ++i) {
@@ -63,9 +72,11 @@ Options parse(int count, char** arguments) {
       for (char& c : terms) c = c == ',' ? ' ' : c;
       for (const std::string& term : split(terms, ' ')) options.terms.push_back(term);
     } else if (flag == "--threads") {
-      options.threads = std::stoi(value());
+      const double threads = number_of(flag, value());
+      if (!(threads >= 1 && threads <= 1 << 16)) throw std::invalid_argument("--threads must lie in [1, CPUs]");
+      options.threads = int(threads);
     } else if (flag == "--seconds") {
-      options.seconds = std::stod(value());
+      options.seconds = number_of(flag, value());
     } else if (flag == "--check") {
       options.check = true;
     } else if (flag == "--list") {
@@ -79,13 +90,13 @@ Options parse(int count, char** arguments) {
   if (!(options.seconds > 0 && options.seconds <= 60)) throw std::invalid_argument("--seconds must lie in (0, 60]");
   const int cpus = std::max(1, int(allowed_cpus().size()));
   if (options.threads == 0) options.threads = cpus;
-  if (options.threads < 1 || options.threads > cpus) throw std::invalid_argument("--threads must lie in [1, CPUs]");
+  if (options.threads > cpus) throw std::invalid_argument("--threads must lie in [1, CPUs]");
   return options;
 }
 
 bool selected(const Case& c, const Options& options) {
   if (options.terms.empty()) return c.standard;
-  bool reference = false;
+  bool reference = is_best_isa("ref");  // where there is nothing else
   const std::vector<std::string> segments = split(c.name, '/');
   for (const std::string& term : options.terms) {
     bool found = false;
@@ -113,10 +124,19 @@ void print_row(const Case& c, const Work& work, const Timing& t, const Options& 
   std::fflush(stdout);
 }
 
+Cases all_cases(const Caches& caches) {
+  const size_t cold_bytes = std::clamp(4 * caches.l3_bytes, size_t{64} << 20, size_t{1} << 30);
+  Cases cases;
+  add_matmul_cases(cases, cold_bytes);
+  add_attention_cases(cases, cold_bytes);
+  add_row_cases(cases);
+  add_sample_cases(cases);
+  return cases;
+}
+
 int run(const Options& options) {
   Probe probe;
-  Cases cases;
-  add_matmul_cases(cases, probe.caches());
+  const Cases cases = all_cases(probe.caches());
   Stopwatch stopwatch(probe, options.threads, options.seconds);
   const CpuTimes begin = cpu_times();
   int count = 0, wrong = 0;
