@@ -8,7 +8,6 @@ namespace setpoint {
 namespace {
 
 constexpr size_t kLogitsBytes = size_t{32} << 20;
-constexpr int kPlanePanels = 12;  // both planes pass over so many panels while these are in the cache
 
 int rows_of_a_chunk(const Limits& limits) {
   const size_t fit = kLogitsBytes / sizeof(float) / static_cast<size_t>(limits.vocab);
@@ -75,21 +74,16 @@ void HeadStage::multiply(const Step& step, int chunk, int thread) {
   args.x_stride = hidden_.stride;
   args.out = logits_.values.data();
   args.out_stride = logits_.stride;
+  if (weight_.is_quantized()) {
+    args.q = coarse_.view();
+    args.fine = fine_.view();
+  }
   schedules_[static_cast<size_t>(chunk)].run(thread, [&](int row_begin, int row_end, int panel_begin, int panel_end) {
     args.row_begin = row_begin;
     args.row_end = row_end;
-    const int width = weight_.is_quantized() ? kPlanePanels : panel_end - panel_begin;
-    for (int panel = panel_begin; panel < panel_end; panel += width) {
-      args.panel_begin = panel;
-      args.panel_end = std::min(panel + width, panel_end);
-      args.q = coarse_.view();
-      args.accumulate = false;
-      run_matmul(step.kernels, args);
-      if (!weight_.is_quantized()) continue;
-      args.q = fine_.view();
-      args.accumulate = true;
-      run_matmul(step.kernels, args);
-    }
+    args.panel_begin = panel_begin;
+    args.panel_end = panel_end;
+    run_matmul(step.kernels, args);
   });
 }
 

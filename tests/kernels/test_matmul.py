@@ -95,6 +95,29 @@ def test_any_split_of_the_work_gives_the_same_bits(isa: str, name: str) -> None:
     assert same_bits(pieces, whole)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_two_planes_equal_two_matmuls(isa: str, name: str) -> None:
+    weight = packed(name, 83, 512)
+    for m in [1, 2, 3, 4, 5, 8, 33]:
+        x, fine, bias, residual = normal(m, 512, 31), normal(m, 512, 32) / 100, normal(1, 83, 33)[0], normal(m, 83, 34)
+        first = _native.kernels_matmul(isa, weight, x, bias, residual)
+        want = _native.kernels_matmul(isa, weight, fine, None, first)
+        assert same_bits(_native.kernels_matmul(isa, weight, x, bias, residual, fine=fine), want), m
+
+
+@pytest.mark.parametrize("isa", FAST_ISAS)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_long_inputs_equal_the_reference(isa: str, name: str) -> None:
+    # So long that the activations of a call are gathered in several pieces, whatever the number of rows.
+    k = 52736
+    weight = packed(name, 18, k)
+    x = normal(8, k, 41)
+    want = _native.kernels_matmul("ref", weight, x[:3])
+    for m in (1, 3, 8):
+        assert same_bits(_native.kernels_matmul(isa, weight, x[:m])[:3], want[:m]), m
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantized_reference_is_close_to_float64(name: str) -> None:
     k = 512
