@@ -35,7 +35,10 @@ constexpr const char* kUsage =
     "  --list          print the names only\n"
     "  --json          one JSON document instead of the table\n"
     "\n"
-    "share: time that the ceilings measured beside it allow / time taken; p10-p90 over the slices. bound: which ceiling.\n";
+    "A line: microseconds of one repetition, ended by a barrier; its rates; its share of the ceiling that binds it, which\n"
+    "was measured just before and after each slice (median, lowest and highest slice), and that ceiling: GOP/s of the\n"
+    "arithmetic, or GB/s of the memory or cache that the bytes come from. cold: from memory. Numbers taken while other\n"
+    "processes use more than a tenth of the CPUs say little: a barrier waits for the thread that is off its CPU.\n";
 
 struct Options {
   std::vector<std::string> terms;
@@ -118,9 +121,13 @@ void print_row(const Case& c, const Work& work, const Timing& t, const Options& 
         t.compute_bound() ? "compute" : memory, t.peak_gops, t.bandwidth_gb_s);
     return;
   }
-  std::printf("%-62s %10.1f us %8.1f GOP/s %7.2f GB/s %4.0f %% (%.0f-%.0f) of %s %.0f\n", c.name.c_str(), t.seconds * 1e6, gops, gb_s,
-              t.share * 100, t.share_low * 100, t.share_high * 100, t.compute_bound() ? "compute" : memory,
-              t.compute_bound() ? t.peak_gops : t.bandwidth_gb_s);
+  std::printf("%-62s %10.1f us ", c.name.c_str(), t.seconds * 1e6);
+  if (work.operations > 0)
+    std::printf("%8.1f GOP/s ", gops);
+  else
+    std::printf("%14s ", "");
+  std::printf("%7.2f GB/s %4.0f %% (%.0f-%.0f) of %s %.0f\n", gb_s, t.share * 100, t.share_low * 100, t.share_high * 100,
+              t.compute_bound() ? "compute" : memory, t.compute_bound() ? t.peak_gops : t.bandwidth_gb_s);
   std::fflush(stdout);
 }
 
