@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -21,9 +22,11 @@ def workshop() -> Path:
     assert caches, "no build directory: run `make .venv/.installed`"
     build = caches[-1].parent
     cmake = Path(sys.executable).with_name("cmake")
-    done = subprocess.run(
-        [cmake, "--build", build, "--target", "kernel_bench"], capture_output=True, text=True, timeout=280
-    )
+    with (build / "kernel_bench.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test processes build one after the other
+        done = subprocess.run(
+            [cmake, "--build", build, "--target", "kernel_bench"], capture_output=True, text=True, timeout=280
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     return build / "kernel_bench"
 
