@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
 #include <stdexcept>
 
 #include "program/attention_stage.h"
@@ -225,6 +226,40 @@ std::unique_lock<std::mutex> Program::enter() {
   std::unique_lock entered(stepping_, std::try_to_lock);
   if (!entered) throw std::runtime_error("another thread is in a step of this program");
   return entered;
+}
+
+size_t Program::shorten_head(std::span<const int32_t> tokens) {
+  require(head_ != nullptr, "the program has no head yet");
+  if (!head_->can_shorten()) return 0;
+  const int count = static_cast<int>(tokens.size()), pages = (count + kPageTokens - 1) / kPageTokens;
+  std::vector<int32_t> blocks(static_cast<size_t>(pages));
+  std::iota(blocks.begin(), blocks.end(), 0);
+  const std::vector<BlockTables> tables(kv_.groups().size(), BlockTables{blocks.data(), pages});
+  std::vector<RowRecord> rows(tokens.size());
+  for (int i = 0; i < count; ++i) {
+    RowRecord& row = rows[static_cast<size_t>(i)];
+    row = {};
+    row.token = i;
+    row.target = row.num_logprobs = row.allowed_end = -1;
+  }
+  const int32_t starts[] = {0, count}, position = 0;
+  StepInputs inputs;
+  inputs.tokens = tokens;
+  inputs.entry_starts = starts;
+  inputs.entry_positions = {&position, 1};
+  inputs.tables = tables;
+  inputs.rows = rows;
+  head_->collect(true);
+  try {
+    step(inputs);
+  } catch (...) {
+    head_->collect(false);
+    throw;
+  }
+  head_->collect(false);
+  const auto entered = enter();
+  head_->shorten(kernels_, pool_);
+  return head_->greedy_bytes();
 }
 
 void Program::check(const StepInputs& inputs) {

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -50,6 +51,12 @@ class Program {
   // would still compute, nobody reads.
   void select_rows(int in, int out);
   void head(int in, std::vector<float> norm_weight, float eps, const PackedWeight& weight);
+
+  // Runs `tokens` as one sequence from position 0, over whatever the cache holds, to learn how the head's inputs lie;
+  // then greedy rows cost less, and give the same tokens. Returns the bytes it took: 0 where it would not help.
+  size_t shorten_head(std::span<const int32_t> tokens);
+
+  double head_retried_part() const { return head_ == nullptr ? 0. : head_->greedy_retried_part(); }
 
   // One step. Throws std::invalid_argument on bad inputs before anything has
   // run, std::runtime_error while another thread is in a step. The rows' outputs

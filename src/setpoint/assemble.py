@@ -48,7 +48,7 @@ class Assembly:
     reasons: list[Reason]
     model_name: str
     isa: str  # of the kernels that were chosen
-    weight_bytes: int  # read once by every step
+    weight_bytes: int  # read by every step; more where a row wants more than its most likely token
     cache_info: dict[str, str]  # of the KV cache, under the names of vLLM's metric
     phases: dict[str, float] = field(default_factory=dict)  # start-up phase -> seconds
 
@@ -139,7 +139,7 @@ def build_engine(
         reasons=reasons,
         model_name=config.model,
         isa=runner.isa,
-        weight_bytes=runner.weight_bytes,
+        weight_bytes=runner.step_bytes,
         cache_info={
             "block_size": str(runner.info.block_size),
             "num_gpu_blocks": str(sum(group.num_blocks for group in runner.info.kv_groups)),
