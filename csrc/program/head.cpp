@@ -84,6 +84,11 @@ void HeadStage::run(const Step& step, int thread) {
   }
 }
 
+std::span<const uint8_t> HeadStage::first_reads(const Step& step, int thread) const {
+  const int panel = step.batch.num_rows() == 0 ? -1 : schedules_[0].first_panel(thread);
+  return panel < 0 ? std::span<const uint8_t>() : stored_from(weight_, panel);
+}
+
 void HeadStage::gather(const Step& step, int chunk, int thread) {
   FloatRows& in = step.work.values(in_);
   for (int row = chunk * chunk_rows_ + thread; row < chunk_end(step, chunk); row += step.pool.size()) {

@@ -35,6 +35,7 @@ class HeadStage : public Stage {
   StageKind kind() const override { return StageKind::head; }
   void prepare(const Step& step) override;
   void run(const Step& step, int thread) override;
+  std::span<const uint8_t> first_reads(const Step& step, int thread) const override;
 
   const RowOutput* outputs() const { return outputs_.data(); }
 

@@ -1,5 +1,7 @@
 #include "program/matmul_stage.h"
 
+#include "kernels/packed_layout.h"
+
 namespace setpoint {
 
 namespace {
@@ -21,6 +23,13 @@ void run_matmul(const KernelTable& kernels, const MatmulArgs& args) {
     kernels.matmul_quantized(args);
   else
     kernels.matmul_float(args);
+}
+
+std::span<const uint8_t> stored_from(const PackedWeight& weight, int panel) {
+  constexpr size_t float_bytes[] = {4, 2, 2};
+  const size_t bytes =
+      weight.is_quantized() ? panel_bytes(weight) : 16 * static_cast<size_t>(weight.k) * float_bytes[static_cast<size_t>(weight.codes)];
+  return {weight.data + static_cast<size_t>(panel) * bytes, static_cast<size_t>(weight.panels() - panel) * bytes};
 }
 
 void MatmulSchedule::reset(int rows, int panels, int threads, int unit) {
@@ -86,6 +95,14 @@ void MatmulStage::run(const Step& step, int thread) {
       panel_end -= panels;
     }
   });
+}
+
+std::span<const uint8_t> MatmulStage::first_reads(const Step&, int thread) const {
+  int panel = schedule_.first_panel(thread);
+  if (panel < 0) return {};
+  size_t item = 0;
+  for (; panel >= items_[item].weight.panels(); ++item) panel -= items_[item].weight.panels();
+  return stored_from(items_[item].weight, panel);
 }
 
 void MatmulStage::multiply(const Step& step, const Item& item, MatmulArgs args, int panel_begin, int panel_end) const {

@@ -11,6 +11,11 @@ namespace setpoint {
 
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
+// Bytes of the next weights that a thread fetches before it arrives at a barrier, and in all while it waits there.
+constexpr size_t kFetchedBefore = size_t{32} << 10, kFetchedWaiting = size_t{128} << 10, kFetchedAtOnce = 512;
+
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -191,6 +196,9 @@ void Program::head(int in, std::vector<float> norm_weight, float eps, const Pack
   batch_.emplace(limits_, kv_.groups());
   head_ = stage.get();
   stages_.push_back(std::move(stage));
+  next_weights_.assign(stages_.size(), stages_.size() - 1);
+  for (size_t i = stages_.size() - 1; i-- > 0;)
+    next_weights_[i] = stages_[i + 1]->kind() == StageKind::matmul ? i + 1 : next_weights_[i + 1];
 }
 
 // The copies of slots that only the finished program knows of.
@@ -209,10 +217,21 @@ void Program::allocate_slots() {
   }
 }
 
+// The barrier after a stage.
+void Program::meet(const Step& step, int thread, size_t stage, ReadAhead& ahead) {
+  ahead.aim(stages_[next_weights_[stage]]->first_reads(step, thread));
+  ahead.fetch(kFetchedBefore, kFetchedBefore);
+  pool_.barrier([&] { return ahead.fetch(kFetchedAtOnce, kFetchedWaiting); });
+}
+
 void Program::run_stages(const Step& step, int thread) {
-  for (const auto& stage : stages_) {
-    stage->run(step, thread);
-    if (stage.get() != head_) pool_.barrier();
+  ReadAhead ahead;
+  for (size_t i = 0; i < stages_.size(); ++i) {
+    const auto begin = profiling_ ? Clock::now() : Clock::time_point();
+    stages_[i]->run(step, thread);
+    if (i + 1 < stages_.size()) meet(step, thread, i, ahead);
+    if (profiling_ && thread == 0)
+      seconds_[static_cast<size_t>(stages_[i]->kind())] += std::chrono::duration<double>(Clock::now() - begin).count();
   }
 }
 
@@ -272,19 +291,7 @@ void Program::step(const StepInputs& inputs) {
   batch_->load(inputs);
   const Step step{kernels_, *batch_, kv_, work_, pool_};
   for (const auto& stage : stages_) stage->prepare(step);
-  if (!profiling_) {
-    pool_.run([&](int thread) { run_stages(step, thread); });
-    return;
-  }
-  pool_.run([&](int thread) {
-    for (const auto& stage : stages_) {
-      const auto begin = std::chrono::steady_clock::now();
-      stage->run(step, thread);
-      pool_.barrier();
-      if (thread == 0)
-        seconds_[static_cast<size_t>(stage->kind())] += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    }
-  });
+  pool_.run([&](int thread) { run_stages(step, thread); });
 }
 
 }  // namespace setpoint

@@ -14,6 +14,7 @@
 
 #include "program/head.h"
 #include "program/matmul_stage.h"
+#include "program/read_ahead.h"
 #include "program/row_ops.h"
 
 namespace setpoint {
@@ -86,6 +87,7 @@ class Program {
   std::unique_lock<std::mutex> enter();  // one caller at a time
   void allocate_slots();
   void run_stages(const Step& step, int thread);
+  void meet(const Step& step, int thread, size_t stage, ReadAhead& ahead);
 
   const Limits limits_;
   const KernelTable& kernels_;
@@ -96,10 +98,11 @@ class Program {
   RowStage* row_stage_ = nullptr;        // the last stage, if it is one of rows
   MatmulStage* matmul_stage_ = nullptr;  // the last stage, if it is one of matmuls
   HeadStage* head_ = nullptr;
-  bool wanted_ = false;              // select_rows was called
-  SlotSet quantized_;                // slots that some matmul reads as 8-bit integers
-  std::vector<bool> has_quantized_;  // whose 8-bit copy is up to date at this point of the program
-  SlotSet private_;                  // slots that threads may want copies of
+  std::vector<size_t> next_weights_;  // per stage: the next one that reads weights
+  bool wanted_ = false;               // select_rows was called
+  SlotSet quantized_;                 // slots that some matmul reads as 8-bit integers
+  std::vector<bool> has_quantized_;   // whose 8-bit copy is up to date at this point of the program
+  SlotSet private_;                   // slots that threads may want copies of
   size_t attention_floats_ = 0, split_floats_ = 0, partial_floats_ = 0;
   std::optional<Batch> batch_;
   std::mutex stepping_;
