@@ -14,7 +14,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 // Bytes of the next weights that a thread fetches before it arrives at a barrier, and in all while it waits there.
-constexpr size_t kFetchedBefore = size_t{32} << 10, kFetchedWaiting = size_t{128} << 10, kFetchedAtOnce = 512;
+constexpr size_t kFetchedBefore = size_t{16} << 10, kFetchedWaiting = size_t{64} << 10, kFetchedAtOnce = 512;
 
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
