@@ -244,7 +244,8 @@ void bind_program(nb::module_& m) {
                    "Part of the head that greedy rows had to read in full, after its 4-bit copy.")
       .def_prop_ro("isa", &Program::isa)
       .def_prop_ro("num_threads", &Program::num_threads)
-      .def_prop_ro("kv_bytes", &Program::kv_bytes);
+      .def_prop_ro("kv_bytes", &Program::kv_bytes)
+      .def_prop_ro("slot_bytes", &Program::slot_bytes, "What a step works in, as far as that grows with the largest step.");
 }
 
 }  // namespace setpoint

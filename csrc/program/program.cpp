@@ -235,6 +235,14 @@ void Program::run_stages(const Step& step, int thread) {
   }
 }
 
+size_t Program::slot_bytes() const {
+  size_t bytes = 0;
+  for (const Slot& slot : work_.slots)
+    bytes += 4 * slot.values.values.size() + slot.quantized.codes.size() + 4 * (slot.quantized.scales.size() + slot.quantized.sums.size());
+  for (const RopeTable& table : work_.ropes) bytes += 4 * (table.cos.size() + table.sin.size());
+  return bytes;
+}
+
 const RowOutput* Program::outputs() const {
   require(head_ != nullptr, "the program has no head yet");
   return head_->outputs();

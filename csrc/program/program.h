@@ -70,6 +70,7 @@ class Program {
   const char* isa() const { return kernels_.isa; }
   int num_threads() const { return pool_.size(); }
   size_t kv_bytes() const { return kv_.bytes(); }
+  size_t slot_bytes() const;  // of what a step works in, as far as that grows with the largest step
 
   // Seconds the calling thread spent in each kind of stage, barriers included;
   // only counted while profiling.

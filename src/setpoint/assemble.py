@@ -54,9 +54,11 @@ class Assembly:
 
 
 def model_facts(model: Model, weight_bytes: int = 0) -> ModelFacts:
+    from setpoint.runtime.cpu.step_memory import step_bytes_per_token
+
     layers = model.layers.layers
     values = sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in layers)
-    return ModelFacts(model.max_position, values, weight_bytes)
+    return ModelFacts(model.max_position, values, weight_bytes, step_bytes_per_token(model))
 
 
 def load_model(name: str, *, progress: Progress = silent) -> LoadedModel:
