@@ -132,7 +132,7 @@ void print_row(const Case& c, const Work& work, const Timing& t, const Options& 
 }
 
 Cases all_cases(const Caches& caches) {
-  const size_t cold_bytes = std::clamp(4 * caches.l3_bytes, size_t{64} << 20, size_t{1} << 30);
+  const size_t cold_bytes = std::clamp(8 * caches.l3_bytes, size_t{64} << 20, size_t{1} << 30);
   Cases cases;
   add_matmul_cases(cases, cold_bytes);
   add_attention_cases(cases, cold_bytes);
