@@ -209,8 +209,8 @@ def resolve(config: EngineConfig, machine: Machine, model: ModelFacts) -> tuple[
     free -= step_bytes
     if free <= 0:
         raise ConfigError(
-            f"steps of {config.max_num_batched_tokens} tokens work in {step_bytes / GIB:.1f} GiB, more than the weights "
-            "leave of the free memory; lower --max-num-batched-tokens"
+            f"steps of {config.max_num_batched_tokens} tokens work in {step_bytes / GIB:.1f} GiB, more than weights "
+            "leave free; lower --max-num-batched-tokens"
         )
     token_bytes = model.kv_values_per_token * (4 if kv_dtype == "f32" else 2)
     kv_bytes = config.kv_cache_memory_bytes
@@ -229,7 +229,8 @@ def resolve(config: EngineConfig, machine: Machine, model: ModelFacts) -> tuple[
             derived["max_model_len"] = (context, f"the KV cache of {kv_bytes / GIB:.1f} GiB holds no more")
     elif kv_bytes > free:
         raise ConfigError(
-            f"--kv-cache-memory-bytes {kv_bytes} is more than the {free} bytes of free memory that weights and steps leave"
+            f"--kv-cache-memory-bytes {kv_bytes} is more than the {free} bytes of free memory that weights and steps "
+            "leave"
         )
     if kv_bytes < token_bytes * context:
         raise ConfigError(
