@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +19,9 @@ from setpoint.loaders import gguf
 from setpoint.loaders.split import part_path
 from setpoint.quant.formats import FORMATS, bytes_per_row
 
-NamedTensor = tuple[str, tuple[int, ...], str, NDArray[np.uint8]]  # name, row-major shape, format, [rows, row_bytes]
+Raw = NDArray[np.uint8]  # [rows, row_bytes]
+# Name, row-major shape, format, contents; a function makes them when their turn comes, so that only one is in memory.
+NamedTensor = tuple[str, tuple[int, ...], str, Raw | Callable[[], Raw]]
 
 _KIND_BY_DTYPE = {dtype: kind for kind, dtype in gguf.DTYPES.items() if kind != gguf.BOOL} | {
     np.dtype(np.bool_): gguf.BOOL
@@ -60,16 +62,20 @@ def _write_file(path: Path, metadata: Mapping[str, Any], tensors: Sequence[Named
     for key, value in metadata.items():
         header += _text(key) + encode_value(value)
     offset = 0
-    for name, shape, weight_format, raw in tensors:
+    for name, shape, weight_format, _ in tensors:
         header += _text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
         header += struct.pack("<IQ", FORMATS[weight_format].ggml_type, offset)
-        _check(name, shape, weight_format, raw)
-        offset += raw.nbytes + -raw.nbytes % alignment
+        num_bytes = _num_bytes(name, shape, weight_format)
+        offset += num_bytes + -num_bytes % alignment
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as stream:
             _write_padded(stream, header, alignment)
-            for _, _, _, raw in tensors:
+            for name, shape, weight_format, contents in tensors:
+                raw = contents() if callable(contents) else contents
+                if raw.dtype != np.uint8 or raw.nbytes != _num_bytes(name, shape, weight_format):
+                    kind = f"{raw.nbytes} bytes of {raw.dtype}"
+                    raise ValueError(f"tensor {name!r}: {kind} are not {shape} of {weight_format}")
                 _write_padded(stream, np.ascontiguousarray(raw).data, alignment)
         temporary.replace(path)
     finally:
@@ -82,12 +88,10 @@ def _write_padded(stream: BinaryIO, content: bytearray | memoryview, alignment: 
     stream.write(b"\0" * (-num_bytes % alignment))
 
 
-def _check(name: str, shape: tuple[int, ...], weight_format: str, raw: NDArray[np.uint8]) -> None:
+def _num_bytes(name: str, shape: tuple[int, ...], weight_format: str) -> int:
     if not 1 <= len(shape) <= gguf.MAX_DIMENSIONS or len(name.encode()) > gguf.MAX_NAME_BYTES:
         raise ValueError(f"GGUF cannot hold the tensor {name!r} of shape {shape}")
-    rows = int(np.prod(shape[:-1], dtype=np.int64))
-    if raw.dtype != np.uint8 or raw.nbytes != rows * bytes_per_row(weight_format, shape[-1]):
-        raise ValueError(f"tensor {name!r}: {raw.nbytes} bytes of {raw.dtype} are not {shape} of {weight_format}")
+    return int(np.prod(shape[:-1], dtype=np.int64)) * bytes_per_row(weight_format, shape[-1])
 
 
 def encode_value(value: Any) -> bytes:

@@ -145,7 +145,7 @@ def encode_q3_k(x: Floats) -> Bytes:
     return np.concatenate(parts, axis=1)
 
 
-def _pack_k_scales(scales: Bytes, minimums: Bytes) -> Bytes:
+def pack_k_scales(scales: Bytes, minimums: Bytes) -> Bytes:
     first = scales[:, :4] | ((scales[:, 4:] >> 4) << 6)
     second = minimums[:, :4] | ((minimums[:, 4:] >> 4) << 6)
     last = (scales[:, 4:] & 0x0F) | ((minimums[:, 4:] & 0x0F) << 4)
@@ -159,13 +159,13 @@ def _pack_nibbles_by_32(codes: Bytes) -> Bytes:
 
 def encode_q4_k(x: Floats) -> Bytes:
     d, dmin, scales, minimums, codes = _affine_groups(x, 32, 15, 63)
-    parts = [_half_bytes(d), _half_bytes(dmin), _pack_k_scales(scales, minimums), _pack_nibbles_by_32(codes)]
+    parts = [_half_bytes(d), _half_bytes(dmin), pack_k_scales(scales, minimums), _pack_nibbles_by_32(codes)]
     return np.concatenate(parts, axis=1)
 
 
 def encode_q5_k(x: Floats) -> Bytes:
     d, dmin, scales, minimums, codes = _affine_groups(x, 32, 31, 63)
-    parts = [_half_bytes(d), _half_bytes(dmin), _pack_k_scales(scales, minimums)]
+    parts = [_half_bytes(d), _half_bytes(dmin), pack_k_scales(scales, minimums)]
     return np.concatenate([*parts, _pack_high_bits(codes, 4), _pack_nibbles_by_32(codes & 0x0F)], axis=1)
 
 
