@@ -1,5 +1,5 @@
 # Each target prepares what it needs (.venv, native build) and is quick the second time.
-.PHONY: serve test unit parity lint format bench bench-kernels docs clean
+.PHONY: serve test unit parity lint format bench bench-kernels bench-peers bench-plots docs clean
 .DEFAULT_GOAL := help
 
 VENV    := .venv
@@ -15,6 +15,7 @@ help:
 	@echo "make serve [PORT=8000] [MODEL=smollm2-135m]   serve a model"
 	@echo "make test | unit | parity | lint | bench | docs"
 	@echo "make bench-kernels [ARGS=\"--filter 'matmul Q4_0 m8'\"]   every kernel against the reference and the machine"
+	@echo "make bench-peers [ARGS='--rows prefill']   beside llama.cpp and other rivals; make bench-plots draws the sweep"
 
 $(VENV)/.tools: pyproject.toml
 	@test -x $(PYTHON) || python3 -m venv $(VENV)
@@ -73,8 +74,19 @@ bench-kernels: $(VENV)/.installed
 		|| { cat $(NATIVE_BUILD)/kernel_bench.log; exit 1; }
 	@$(NATIVE_BUILD)/kernel_bench $(ARGS)
 
+# Installs the rivals into environments of their own at the first run: llama.cpp is built for this machine.
+bench-peers: $(VENV)/.installed
+	$(PYTHON) benchmarks/vs_llamacpp.py $(ARGS)
+
+$(VENV)/.plots: $(VENV)/.installed
+	$(PYTHON) -m pip install --quiet "matplotlib>=3.9"
+	@touch $@
+
+bench-plots: $(VENV)/.plots
+	$(PYTHON) benchmarks/plots.py $(ARGS)
+
 docs: $(VENV)/.installed
 	$(PYTHON) docs/generate.py
 
 clean:
-	rm -rf $(VENV) $(PARITY) build
+	rm -rf $(VENV) $(PARITY) .venv-peers* build

@@ -1,4 +1,4 @@
-"""Writes docs/reference/ from the code: knobs, commands and errors.
+"""Writes docs/reference/ from the code (knobs, commands, errors), and the README's numbers from their result file.
 
 python docs/generate.py            write what has changed
 python docs/generate.py --check    write nothing; exit 1 and name the pages that are stale
@@ -17,13 +17,18 @@ from typing import Annotated, Any, get_args, get_origin
 
 from typer.models import ArgumentInfo
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from peers.markdown import with_performance
 from setpoint import errors
 from setpoint.cli.knobs import knob_fields
 from setpoint.cli.main import COMMANDS, EXIT_CODES
 from setpoint.config import EngineConfig, ServerConfig, knob_of
 from setpoint.server.errors import REASONS
 
-REFERENCE = Path(__file__).parent / "reference"
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "docs" / "reference"
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
 ROW = "| {} | {} | {} |"
 
 
@@ -171,6 +176,12 @@ def main(arguments: list[str]) -> int:
             if not check:
                 REFERENCE.mkdir(exist_ok=True)
                 path.write_text(text)
+    readme = README.read_text()
+    fresh = with_performance(readme, RESULTS)
+    if fresh != readme:
+        stale.append(README.name)
+        if not check:
+            README.write_text(fresh)
     if stale:
         print(f"{'stale' if check else 'written'}: {', '.join(stale)}")
     return 1 if check and stale else 0

@@ -1,17 +1,101 @@
-"""Drives Setpoint's engine for against_llama_cpp.py: one JSON request a line in, one JSON answer a line out."""
+"""Setpoint's engine as a worker of vs_llamacpp.py, without HTTP: prefix reuse stands for a filled KV cache."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import queue
-import random
-import sys
+from typing import Any
 
+from protocol import Answer, serve
 from setpoint.assemble import build_engine
 from setpoint.config import EngineConfig
 from setpoint.engine.events import Event
-from setpoint.tune.engine_bench import run_batch
+from setpoint.engine.request import Request
+from setpoint.engine.sampling import SamplingParams
+
+PATIENCE_S = 600.0
+
+
+class Engine:
+    def __init__(self, model: str, context: int, batch: int, threads: int) -> None:
+        self.events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
+        config = EngineConfig(model=model, max_model_len=context, max_num_seqs=batch, num_threads=threads)
+        self.assembly = build_engine(config, self.events.put)
+        self.assembly.engine.start()
+        self.names = (f"bench-{i}" for i in itertools.count())
+        self.filled: list[list[int]] = []
+
+    def prefill(self, prompt: list[int], settings: dict[str, Any]) -> Answer:
+        # A salt of its own: nothing may be reused, and what it leaves behind is never found again.
+        run = self._run([prompt], 1, salt=next(self.names))
+        return {"seconds": run.first - run.arrival, "tokens": len(prompt), "output": run.outputs}
+
+    def decode(self, prompts: list[list[int]], steps: int, copies: bool, settings: dict[str, Any]) -> Answer:
+        if prompts != self.filled:
+            self._run(prompts, 1, salt="filled")
+            self.filled = prompts
+        run = self._run(prompts, steps + 1, salt="filled")
+        if run.cached < sum(len(prompt) - 1 for prompt in prompts) - 16 * len(prompts):
+            raise RuntimeError(f"only {run.cached} prompt tokens came from the cache")
+        return {"seconds": run.full_batch_s, "tokens": run.full_batch_tokens, "output": run.outputs}
+
+    def _run(self, prompts: list[list[int]], output_tokens: int, salt: str) -> Run:
+        params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
+        requests = [Request(next(self.names), prompt, params, cache_salt=salt) for prompt in prompts]
+        for request in requests:
+            self.assembly.engine.submit(request)
+        run = Run([request.request_id for request in requests])
+        while not run.finished:
+            run.take(self.events.get(timeout=PATIENCE_S))
+        return run
+
+
+class Run:
+    """The events of one batch."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.events: dict[str, list[Event]] = {name: [] for name in names}
+        self.open = len(names)
+
+    def take(self, events: list[Event]) -> None:
+        for event in events:
+            if event.error is not None:
+                raise event.error
+            self.events[event.request_id].append(event)
+            self.open -= event.finish_reason is not None
+
+    @property
+    def finished(self) -> bool:
+        return self.open == 0
+
+    @property
+    def arrival(self) -> float:
+        return min(events[0].arrival_time for events in self.events.values())
+
+    @property
+    def first(self) -> float:
+        """When the last sequence got its first token."""
+        return max(events[0].time for events in self.events.values())
+
+    @property
+    def full_batch_s(self) -> float:
+        """From there until the first sequence ends: every step in between served the whole batch."""
+        return min(events[-1].time for events in self.events.values()) - self.first
+
+    @property
+    def full_batch_tokens(self) -> int:
+        end = self.first + self.full_batch_s
+        every = itertools.chain.from_iterable(self.events.values())
+        return sum(len(event.token_ids) for event in every if self.first < event.time <= end)
+
+    @property
+    def cached(self) -> int:
+        return sum(events[0].num_cached_tokens for events in self.events.values())
+
+    @property
+    def outputs(self) -> list[list[int]]:
+        return [[token for event in events for token in event.token_ids] for events in self.events.values()]
 
 
 def main() -> None:
@@ -20,26 +104,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
-    arguments = parser.parse_args()
-    events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-    assembly = build_engine(
-        EngineConfig(
-            model=arguments.model,
-            max_model_len=arguments.context,
-            max_num_seqs=arguments.batch,
-            num_threads=arguments.threads,
-            enable_prefix_caching=False,
-        ),
-        events.put,
-    )
-    assembly.engine.start()
-    tokens = random.Random(0)
-    print(json.dumps({"isa": assembly.isa, "weight_bytes": assembly.weight_bytes}), flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        run = run_batch(assembly.engine, events, tokens, asked["batch"], asked["prompt_tokens"], asked["output_tokens"])
-        print(json.dumps({"prefill_tok_s": run.prefill_tok_s, "decode_tok_s": run.decode_tok_s}), flush=True)
-    assembly.engine.shutdown()
+    given = parser.parse_args()
+    engine = Engine(given.model, given.context, given.batch, given.threads)
+    about = {"isa": engine.assembly.isa, "weight_bytes": engine.assembly.weight_bytes}
+    serve(about, {"prefill": engine.prefill, "decode": engine.decode})
+    engine.assembly.engine.shutdown()
 
 
 if __name__ == "__main__":

@@ -48,17 +48,15 @@ class Assembly:
     reasons: list[Reason]
     model_name: str
     isa: str  # of the kernels that were chosen
-    weight_bytes: int  # read by every step; more where a row wants more than its most likely token
+    weight_bytes: int  # read once by every step
     cache_info: dict[str, str]  # of the KV cache, under the names of vLLM's metric
     phases: dict[str, float] = field(default_factory=dict)  # start-up phase -> seconds
 
 
 def model_facts(model: Model, weight_bytes: int = 0) -> ModelFacts:
-    from setpoint.runtime.cpu.step_memory import step_bytes_per_token
-
     layers = model.layers.layers
     values = sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in layers)
-    return ModelFacts(model.max_position, values, weight_bytes, step_bytes_per_token(model))
+    return ModelFacts(model.max_position, values, weight_bytes)
 
 
 def load_model(name: str, *, progress: Progress = silent) -> LoadedModel:
@@ -141,7 +139,7 @@ def build_engine(
         reasons=reasons,
         model_name=config.model,
         isa=runner.isa,
-        weight_bytes=runner.step_bytes,
+        weight_bytes=runner.weight_bytes,
         cache_info={
             "block_size": str(runner.info.block_size),
             "num_gpu_blocks": str(sum(group.num_blocks for group in runner.info.kv_groups)),

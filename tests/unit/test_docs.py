@@ -29,6 +29,8 @@ def test_a_stale_page_is_noticed_and_written_anew(
     generate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generate, "REFERENCE", tmp_path / "reference")
+    monkeypatch.setattr(generate, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text((DOCS.parent / "README.md").read_text())
     assert generate.main(["--check"]) == 1
     assert not (tmp_path / "reference").exists()
     assert generate.main([]) == 0
