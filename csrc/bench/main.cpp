@@ -8,7 +8,9 @@
 
 #include <fnmatch.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
@@ -33,7 +35,10 @@ constexpr const char* kUsage =
     "  --list          print the names only\n"
     "  --json          one JSON document instead of the table\n"
     "\n"
-    "share: time that the ceilings measured beside it allow / time taken; p10-p90 over the slices. bound: which ceiling.\n";
+    "A line: microseconds of one repetition, ended by a barrier; its rates; its share of the ceiling that binds it, which\n"
+    "was measured just before and after each slice (median, lowest and highest slice), and that ceiling: GOP/s of the\n"
+    "arithmetic, or GB/s of the memory or cache that the bytes come from. cold: from memory. Numbers taken while other\n"
+    "processes use more than a tenth of the CPUs say little: a barrier waits for the thread that is off its CPU.\n";
 
 struct Options {
   std::vector<std::string> terms;
@@ -50,6 +55,13 @@ std::vector<std::string> split(std::string text, char separator) {
   return parts;
 }
 
+double number_of(const std::string& flag, const std::string& text) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end != '\0') throw std::invalid_argument(flag + " is not a number: " + text);
+  return value;
+}
+
 Options parse(int count, char** arguments) {
   Options options;
   for (int i = 1; i < count; ++i) {
@@ -63,9 +75,11 @@ Options parse(int count, char** arguments) {
       for (char& c : terms) c = c == ',' ? ' ' : c;
       for (const std::string& term : split(terms, ' ')) options.terms.push_back(term);
     } else if (flag == "--threads") {
-      options.threads = std::stoi(value());
+      const double threads = number_of(flag, value());
+      if (!(threads >= 1 && threads <= 1 << 16)) throw std::invalid_argument("--threads must lie in [1, CPUs]");
+      options.threads = int(threads);
     } else if (flag == "--seconds") {
-      options.seconds = std::stod(value());
+      options.seconds = number_of(flag, value());
     } else if (flag == "--check") {
       options.check = true;
     } else if (flag == "--list") {
@@ -79,13 +93,13 @@ Options parse(int count, char** arguments) {
   if (!(options.seconds > 0 && options.seconds <= 60)) throw std::invalid_argument("--seconds must lie in (0, 60]");
   const int cpus = std::max(1, int(allowed_cpus().size()));
   if (options.threads == 0) options.threads = cpus;
-  if (options.threads < 1 || options.threads > cpus) throw std::invalid_argument("--threads must lie in [1, CPUs]");
+  if (options.threads > cpus) throw std::invalid_argument("--threads must lie in [1, CPUs]");
   return options;
 }
 
 bool selected(const Case& c, const Options& options) {
   if (options.terms.empty()) return c.standard;
-  bool reference = false;
+  bool reference = is_best_isa("ref");  // where there is nothing else
   const std::vector<std::string> segments = split(c.name, '/');
   for (const std::string& term : options.terms) {
     bool found = false;
@@ -107,16 +121,29 @@ void print_row(const Case& c, const Work& work, const Timing& t, const Options& 
         t.compute_bound() ? "compute" : memory, t.peak_gops, t.bandwidth_gb_s);
     return;
   }
-  std::printf("%-62s %10.1f us %8.1f GOP/s %7.2f GB/s %4.0f %% (%.0f-%.0f) of %s %.0f\n", c.name.c_str(), t.seconds * 1e6, gops, gb_s,
-              t.share * 100, t.share_low * 100, t.share_high * 100, t.compute_bound() ? "compute" : memory,
-              t.compute_bound() ? t.peak_gops : t.bandwidth_gb_s);
+  std::printf("%-62s %10.1f us ", c.name.c_str(), t.seconds * 1e6);
+  if (work.operations > 0)
+    std::printf("%8.1f GOP/s ", gops);
+  else
+    std::printf("%14s ", "");
+  std::printf("%7.2f GB/s %4.0f %% (%.0f-%.0f) of %s %.0f\n", gb_s, t.share * 100, t.share_low * 100, t.share_high * 100,
+              t.compute_bound() ? "compute" : memory, t.compute_bound() ? t.peak_gops : t.bandwidth_gb_s);
   std::fflush(stdout);
+}
+
+Cases all_cases(const Caches& caches) {
+  const size_t cold_bytes = std::clamp(8 * caches.l3_bytes, size_t{64} << 20, size_t{1} << 30);
+  Cases cases;
+  add_matmul_cases(cases, cold_bytes);
+  add_attention_cases(cases, cold_bytes);
+  add_row_cases(cases);
+  add_sample_cases(cases);
+  return cases;
 }
 
 int run(const Options& options) {
   Probe probe;
-  Cases cases;
-  add_matmul_cases(cases, probe.caches());
+  const Cases cases = all_cases(probe.caches());
   Stopwatch stopwatch(probe, options.threads, options.seconds);
   const CpuTimes begin = cpu_times();
   int count = 0, wrong = 0;

@@ -46,7 +46,7 @@ class MatmulWorkload : public Workload {
     for (int row = 0; row < rows; ++row) random.fill_activations(x_.row(row), size_t(w.k));
     if (!w.is_quantized()) return;
     q_ = QuantizedActivations(rows, w.k);
-    q_.quantize(kernel_table("ref"), x_.values.data(), x_.stride, 0, rows, w.k);
+    q_.quantize(kernel_table("ref"), x_.values.data(), x_.stride, 0, rows, 0, w.k);
   }
 
   Work work() const override {
@@ -135,8 +135,7 @@ bool is_standard(const BlockFormat& format, std::string_view model, std::string_
 
 }  // namespace
 
-void add_matmul_cases(Cases& cases, const Caches& caches) {
-  const size_t cold_bytes = std::min(4 * std::max(caches.l3_bytes, size_t{16} << 20), size_t{1} << 30);
+void add_matmul_cases(Cases& cases, size_t cold_bytes) {
   for (const ModelShape& model : kModels)
     for (const char* name : kFormats)
       for (const Shape& shape : shapes_of(model)) {

@@ -16,15 +16,15 @@ double quantile(std::vector<double> values, double q) {
 
 }  // namespace
 
-// Seconds from the moment all threads are there until the last has finished.
-double Stopwatch::run(Workload& workload, int repetitions) {
+// Seconds that the repetitions take after `leading` others, which bring back what a probe has driven out of the caches.
+double Stopwatch::run(Workload& workload, int leading, int repetitions) {
   using Clock = std::chrono::steady_clock;
   Clock::time_point begin, end;
-  workload.prepare(repetitions, pool_.size());
+  workload.prepare(leading + repetitions, pool_.size());
   pool_.run([&](int thread) {
     pool_.barrier();
-    if (thread == 0) begin = Clock::now();
-    for (int i = 0; i < repetitions; ++i) {
+    for (int i = 0; i < leading + repetitions; ++i) {
+      if (thread == 0 && i == leading) begin = Clock::now();
       workload.run(i, thread);
       pool_.barrier();
     }
@@ -43,13 +43,13 @@ Stopwatch::Ceilings Stopwatch::ceilings(const Work& work) {
 
 Timing Stopwatch::time(Workload& workload) {
   const Work work = workload.work();
-  run(workload, 1);
-  const double once = run(workload, 1);
+  const bool warm = work.bytes_per_thread > 0;
+  const double once = run(workload, 1, 1);
   const int repetitions = int(std::clamp(seconds_ / (2 * kSlices) / once, 1., double(kMostRepetitions)));
   std::vector<double> seconds, shares, compute, memory, gops, gb_s;
   Ceilings before = ceilings(work);
   for (int slice = 0; slice < kSlices; ++slice) {
-    const double taken = run(workload, repetitions) / repetitions;
+    const double taken = run(workload, warm ? 1 : 0, repetitions) / repetitions;
     const Ceilings after = ceilings(work);
     gops.push_back((before.gops + after.gops) / 2);
     gb_s.push_back((before.gb_s + after.gb_s) / 2);

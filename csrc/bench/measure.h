@@ -22,14 +22,14 @@ class Stopwatch {
 
   int threads() const { return pool_.size(); }
   // One repetition, not timed.
-  void run_once(Workload& workload) { run(workload, 1); }
+  void run_once(Workload& workload) { run(workload, 0, 1); }
   Timing time(Workload& workload);
 
  private:
   struct Ceilings {
     double gops = 0, gb_s = 0;
   };
-  double run(Workload& workload, int repetitions);
+  double run(Workload& workload, int leading, int repetitions);
   Ceilings ceilings(const Work& work);
 
   Probe& probe_;

@@ -69,13 +69,14 @@ PackedMatrix random_matrix(const BlockFormat& format, int rows, int cols) {
 Weights::Weights(const BlockFormat& format, int rows, int cols) : matrix_(random_matrix(format, rows, cols)), views_(1, matrix_.weight()) {}
 
 void Weights::copy_until(size_t bytes) {
-  const PackedWeight& first = matrix_.weight();
-  while (views_.size() * matrix_.num_bytes() < bytes) {
-    MappedArray<uint8_t>& copy = storage_.emplace_back(matrix_.num_bytes());
-    std::memcpy(copy.data(), first.data, matrix_.num_bytes());
-    PackedWeight view = first;
-    view.data = copy.data();
-    views_.push_back(view);
+  if (views_.size() * matrix_.num_bytes() >= bytes) return;
+  const size_t size = (matrix_.num_bytes() + 63) / 64 * 64, copies = bytes / size + 1;
+  storage_ = MappedArray<uint8_t>(size * copies);
+  views_.clear();
+  for (size_t i = 0; i < copies; ++i) {
+    std::memcpy(storage_.data() + i * size, matrix_.weight().data, matrix_.num_bytes());
+    views_.push_back(matrix_.weight());
+    views_.back().data = storage_.data() + i * size;
   }
 }
 

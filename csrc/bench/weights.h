@@ -1,4 +1,5 @@
-// Random weights of any format, packed as a model's are, in as many copies as it takes to keep them out of the caches.
+// Random weights of any format, packed as a model's are, in as many copies as it takes to keep them out of the caches:
+// one after the other on huge pages, which a cold read needs to reach the speed of the memory.
 #pragma once
 #include <memory>
 #include <vector>
@@ -14,14 +15,14 @@ class Weights {
 
   size_t bytes() const { return matrix_.num_bytes(); }
   const PackedWeight& view() const { return matrix_.weight(); }
-  // Copy `index` modulo the copies that together exceed `bytes`; they are made at the first call.
+  // Makes copies that together exceed `bytes`, unless they are there; `copy` counts through them again and again.
   void copy_until(size_t bytes);
   const PackedWeight& copy(size_t index) const { return views_[index % views_.size()]; }
 
  private:
   PackedMatrix matrix_;
-  std::vector<MappedArray<uint8_t>> storage_;
-  std::vector<PackedWeight> views_;  // of matrix_ and of every copy
+  MappedArray<uint8_t> storage_;     // of all copies, on huge pages
+  std::vector<PackedWeight> views_;  // of every copy, or of matrix_ alone
 };
 
 // The weights made last are kept: neighbouring cases share them.

@@ -37,7 +37,11 @@ struct Case {
 
 using Cases = std::vector<Case>;
 
-void add_matmul_cases(Cases& cases, const Caches& caches);
+// `cold_bytes`: what has to be read between two reads of the same bytes, so that these come from memory.
+void add_matmul_cases(Cases& cases, size_t cold_bytes);
+void add_attention_cases(Cases& cases, size_t cold_bytes);
+void add_row_cases(Cases& cases);
+void add_sample_cases(Cases& cases);
 
 // Variants worth timing without being asked: the best this CPU has.
 bool is_best_isa(const char* isa);

@@ -103,7 +103,8 @@ void run_matmul(const KernelTable& kernels, const MatmulArgs& args) {
 }
 
 nb::ndarray<nb::numpy, float> matmul(const std::string& isa, const Weight& weight, FloatMatrix x, std::optional<FloatVector> bias,
-                                     std::optional<FloatMatrix> out, std::optional<Range> row_range, std::optional<Range> panel_range) {
+                                     std::optional<FloatMatrix> out, std::optional<Range> row_range, std::optional<Range> panel_range,
+                                     std::optional<FloatMatrix> fine) {
   const KernelTable& kernels = kernel_table(isa.c_str());
   const PackedWeight& w = weight.matrix.weight();
   const size_t rows = x.shape(0), n = size_t(w.n);
@@ -113,7 +114,9 @@ nb::ndarray<nb::numpy, float> matmul(const std::string& isa, const Weight& weigh
 
   std::vector<float> result(rows * n);
   if (out) result.assign(out->data(), out->data() + rows * n);
-  Quantized q;
+  if (fine && (w.group == 0 || fine->shape(0) != rows || fine->shape(1) != size_t(w.k)))
+    throw std::invalid_argument("fine is a second x for quantized weights");
+  Quantized q, q_fine;
   MatmulArgs args;
   args.weight = &w;
   if (w.group == 0) {
@@ -122,6 +125,8 @@ nb::ndarray<nb::numpy, float> matmul(const std::string& isa, const Weight& weigh
   } else {
     q = quantize(kernels, x);
     args.q = {q.codes.data(), q.scales.data(), q.sums.data()};
+    if (fine) q_fine = quantize(kernels, *fine);
+    if (fine) args.fine = {q_fine.codes.data(), q_fine.scales.data(), q_fine.sums.data()};
   }
   std::tie(args.row_begin, args.row_end) = checked_range(row_range, int(rows));
   std::tie(args.panel_begin, args.panel_end) = checked_range(panel_range, w.panels());
@@ -183,9 +188,10 @@ void bind_matmul(nb::module_& m) {
   m.def("dequantize_rows", &lookup_rows, "format"_a, "raw"_a, "cols"_a, "ids"_a,
         "Rows `ids` (int32) of raw uint8 [rows, bytes_per_row] as float32 [ids, cols].");
   m.def("kernels_matmul", &matmul, "isa"_a, "weight"_a, "x"_a, "bias"_a.none() = nb::none(), "out"_a.none() = nb::none(),
-        "rows"_a = nb::none(), "panels"_a = nb::none(),
+        "rows"_a = nb::none(), "panels"_a = nb::none(), "fine"_a = nb::none(),
         "x float32 [rows, k] times the weight: [rows, n], plus bias [n], plus out [rows, n]. Quantizes x where the weight is. "
-        "`rows` and `panels` (of 16 channels) are (begin, end) ranges to compute; the rest stays as in out, or 0.");
+        "`rows` and `panels` (of 16 channels) are (begin, end) ranges to compute; the rest stays as in out, or 0. "
+        "`fine` is a second x of quantized weights, whose product is added last.");
   m.def("kernels_quantize_rows", &quantize_rows, "isa"_a, "x"_a, "columns"_a = nb::none(),
         "(codes int8 [rows, k], scales float32 [rows, k/32], sums int32 [rows, k/16]) of float32 [rows, k]. "
         "`columns` is a (begin, end) range to quantize; the rest stays 0.");

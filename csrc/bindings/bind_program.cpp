@@ -218,6 +218,16 @@ void bind_program(nb::module_& m) {
             p.head(in, copy_of(norm), eps, weight.matrix.weight());
           },
           nb::keep_alive<1, 5>(), "in_"_a, "norm"_a, "eps"_a, "weight"_a)
+      .def(
+          "shorten_head",
+          [](Program& program, const Vector<int32_t>& tokens) {
+            const std::span<const int32_t> ids = span_of(tokens);
+            const ReleasedGil released;
+            return program.shorten_head(ids);
+          },
+          "tokens"_a,
+          "Learns from a run over `tokens`, one sequence from position 0 in blocks 0, 1, ... of every group, how to find a greedy row's "
+          "token without reading the whole head. Returns the bytes it took, 0 where that would not help. Tokens stay the same.")
       .def("step", &with_inputs<&Program::step>, "tokens"_a, "entry_starts"_a, "entry_positions"_a, "tables"_a, "rows"_a, "penalty_ids"_a,
            "penalty_counts"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "logits"_a.noconvert() = nb::none(),
            "Runs one step without the GIL. Raises ValueError on inputs out of "
@@ -230,9 +240,12 @@ void bind_program(nb::module_& m) {
                    "step's rows; rewritten by the next.")
       .def("set_profiling", &Program::set_profiling, "on"_a)
       .def_prop_ro("seconds", &seconds, "Seconds spent per kind of stage while profiling.")
+      .def_prop_ro("head_retried_part", &Program::head_retried_part,
+                   "Part of the head that greedy rows had to read in full, after its 4-bit copy.")
       .def_prop_ro("isa", &Program::isa)
       .def_prop_ro("num_threads", &Program::num_threads)
-      .def_prop_ro("kv_bytes", &Program::kv_bytes);
+      .def_prop_ro("kv_bytes", &Program::kv_bytes)
+      .def_prop_ro("slot_bytes", &Program::slot_bytes, "What a step works in, as far as that grows with the largest step.");
 }
 
 }  // namespace setpoint

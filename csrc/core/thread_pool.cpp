@@ -116,17 +116,18 @@ void ThreadPool::run_task(Task task, void* context) {
   }
 }
 
-void ThreadPool::barrier() {
-  if (num_threads_ == 1) return;
-  const int phase = phase_.load(std::memory_order_acquire);
+bool ThreadPool::arrive() {
   if (failed_.load(std::memory_order_acquire)) throw Broken();
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    phase_.fetch_add(1, std::memory_order_release);
-    phase_.notify_all();
-  } else {
-    wait_while(phase_, phase);
-  }
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) != num_threads_ - 1) return false;
+  arrived_.store(0, std::memory_order_relaxed);
+  phase_.fetch_add(1, std::memory_order_release);
+  phase_.notify_all();
+  if (failed_.load(std::memory_order_acquire)) throw Broken();
+  return true;
+}
+
+void ThreadPool::wait_for_phase_after(int phase) {
+  wait_while(phase_, phase);
   if (failed_.load(std::memory_order_acquire)) throw Broken();
 }
 

@@ -40,7 +40,20 @@ class ThreadPool {
 
   // Inside run only: returns when every thread has arrived. Writes before it
   // are visible after it.
-  void barrier();
+  void barrier() {
+    barrier([] { return false; });
+  }
+  // While it waits, a thread calls idle() again and again until that returns
+  // false; it should do some 100 ns of work at a time.
+  template <class F>
+  void barrier(F&& idle) {
+    if (num_threads_ == 1) return;
+    const int phase = phase_.load(std::memory_order_acquire);
+    if (arrive()) return;
+    while (phase_.load(std::memory_order_acquire) == phase && idle()) {
+    }
+    wait_for_phase_after(phase);
+  }
 
  private:
   using Task = void (*)(void* context, int thread);
@@ -51,6 +64,8 @@ class ThreadPool {
   void work(int thread);
   void call(int thread) noexcept;
   void wait_while(std::atomic<int>& word, int value);
+  bool arrive();  // true for the last thread, which frees the others
+  void wait_for_phase_after(int phase);
 
   const int num_threads_;
   const std::vector<int> cpus_;  // one a thread; empty with more threads than

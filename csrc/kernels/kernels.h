@@ -49,13 +49,15 @@ struct QuantizedRows {
 // Order for one output, g ascending over groups, acc exact in int32:
 //   symmetric: y = fma(float(acc_g - zero_point * sum_g), scale_g * a_g, y)
 //   affine:    y = fma(float(acc_g), scale_g * a_g, y);  y = fma(min_g, a_g * float(sum_g), y)
-// with a_g the activation scale (scale_g * a_g rounded once to f32). Then y + bias, then y + out (accumulate).
+// with a_g the activation scale (scale_g * a_g rounded once to f32). Then y + bias, then y + out (accumulate), then y of
+// the fine plane + y.
 // Float weights: blocks of 64 inputs, each summed by fma ascending from 0 and added to y in ascending order.
 struct MatmulArgs {
   const PackedWeight* weight = nullptr;
   const float* x = nullptr;  // float weights: [rows][x_stride]
   size_t x_stride = 0;
-  QuantizedRows q;  // quantized weights
+  QuantizedRows q;     // quantized weights
+  QuantizedRows fine;  // a second plane of the activations, or null codes: its y is added last
   int row_begin = 0, row_end = 0;
   int panel_begin = 0, panel_end = 0;
   float* out = nullptr;  // [rows][out_stride], indexed by absolute row

@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 namespace setpoint {
 
 namespace {
 
 constexpr size_t kLogitsBytes = size_t{32} << 20;
-constexpr int kPlanePanels = 12;  // both planes pass over so many panels while these are in the cache
 
 int rows_of_a_chunk(const Limits& limits) {
   const size_t fit = kLogitsBytes / sizeof(float) / static_cast<size_t>(limits.vocab);
@@ -42,17 +42,51 @@ int HeadStage::chunk_end(const Step& step, int chunk) const { return std::min(st
 void HeadStage::prepare(const Step& step) {
   for (int chunk = 0; chunk * chunk_rows_ < step.batch.num_rows(); ++chunk)
     schedules_[static_cast<size_t>(chunk)].reset(chunk_end(step, chunk) - chunk * chunk_rows_, weight_.panels(), step.pool.size());
+  if (greedy_) greedy_->prepare();
+  if (collecting_) collected_.resize(static_cast<size_t>(step.batch.num_rows()) * static_cast<size_t>(weight_.k));
+}
+
+// The rows' only question is which token is the most likely.
+bool HeadStage::wants_best_alone(const Step& step, int chunk) const {
+  const StepInputs& inputs = step.batch.inputs();
+  if (!greedy_ || inputs.logits != nullptr || !greedy_->covers(chunk_end(step, chunk) - chunk * chunk_rows_)) return false;
+  const auto plain = [](const RowRecord& row) {
+    return row.temperature <= 0.f && row.target < 0 && row.num_logprobs < 0 && row.penalty_begin == row.penalty_end &&
+           row.bias_begin == row.bias_end && row.banned_begin == row.banned_end && row.allowed_end < 0;
+  };
+  return std::all_of(inputs.rows.begin() + chunk * chunk_rows_, inputs.rows.begin() + chunk_end(step, chunk), plain);
+}
+
+void HeadStage::shorten(const KernelTable& kernels, ThreadPool& pool) {
+  greedy_ = std::make_unique<GreedyHead>(weight_, std::exchange(collected_, {}), kernels, pool, chunk_rows_);
 }
 
 void HeadStage::run(const Step& step, int thread) {
   for (int chunk = 0; chunk * chunk_rows_ < step.batch.num_rows(); ++chunk) {
     gather(step, chunk, thread);
     step.pool.barrier();
-    multiply(step, chunk, thread);
-    step.pool.barrier();
-    for (int row = chunk * chunk_rows_ + thread; row < chunk_end(step, chunk); row += step.pool.size()) sample(step, row, thread);
+    if (collecting_) continue;
+    const int first = chunk * chunk_rows_;
+    if (wants_best_alone(step, chunk)) {
+      greedy_->find(step, rows_of(step, chunk), schedules_[static_cast<size_t>(chunk)], thread);
+      for (int row = first + thread; row < chunk_end(step, chunk); row += step.pool.size()) {
+        RowOutput& output = outputs_[static_cast<size_t>(row)];
+        output = {};
+        output.token = greedy_->token(row - first);
+        output.finite = 1;
+      }
+    } else {
+      multiply(step, chunk, thread);
+      step.pool.barrier();
+      for (int row = first + thread; row < chunk_end(step, chunk); row += step.pool.size()) sample(step, row, thread);
+    }
     if (chunk_end(step, chunk) < step.batch.num_rows()) step.pool.barrier();  // the next chunk reuses the buffers
   }
+}
+
+std::span<const uint8_t> HeadStage::first_reads(const Step& step, int thread) const {
+  const int panel = step.batch.num_rows() == 0 ? -1 : schedules_[0].first_panel(thread);
+  return panel < 0 ? std::span<const uint8_t>() : stored_from(weight_, panel);
 }
 
 void HeadStage::gather(const Step& step, int chunk, int thread) {
@@ -61,35 +95,34 @@ void HeadStage::gather(const Step& step, int chunk, int thread) {
     const int local = row - chunk * chunk_rows_;
     const float* x = in.row(selected_ ? row : step.batch.inputs().rows[static_cast<size_t>(row)].token);
     step.kernels.rms_norm(x, in.stride, norm_.weight.data(), norm_.eps, 1, hidden_.width, hidden_.row(local), hidden_.stride);
+    if (collecting_) std::copy_n(hidden_.row(local), weight_.k, collected_.begin() + static_cast<ptrdiff_t>(row) * weight_.k);
     if (!weight_.is_quantized()) continue;
     coarse_.quantize(step.kernels, hidden_.row(local), hidden_.stride, local, 1, 0, weight_.k);
     coarse_.subtract_from(hidden_.row(local), local);
     fine_.quantize(step.kernels, hidden_.row(local), hidden_.stride, local, 1, 0, weight_.k);
+    if (greedy_) greedy_->load_row(local, rows_of(step, chunk));
   }
 }
 
 void HeadStage::multiply(const Step& step, int chunk, int thread) {
+  const HeadRows rows = rows_of(step, chunk);
   MatmulArgs args;
   args.weight = &weight_;
   args.x = hidden_.values.data();
   args.x_stride = hidden_.stride;
   args.out = logits_.values.data();
   args.out_stride = logits_.stride;
+  if (weight_.is_quantized()) {
+    args.q = coarse_.view();
+    args.fine = fine_.view();
+  }
   schedules_[static_cast<size_t>(chunk)].run(thread, [&](int row_begin, int row_end, int panel_begin, int panel_end) {
+    if (weight_.is_quantized()) return rows.multiply(step.kernels, row_begin, row_end, panel_begin, panel_end);
     args.row_begin = row_begin;
     args.row_end = row_end;
-    const int width = weight_.is_quantized() ? kPlanePanels : panel_end - panel_begin;
-    for (int panel = panel_begin; panel < panel_end; panel += width) {
-      args.panel_begin = panel;
-      args.panel_end = std::min(panel + width, panel_end);
-      args.q = coarse_.view();
-      args.accumulate = false;
-      run_matmul(step.kernels, args);
-      if (!weight_.is_quantized()) continue;
-      args.q = fine_.view();
-      args.accumulate = true;
-      run_matmul(step.kernels, args);
-    }
+    args.panel_begin = panel_begin;
+    args.panel_end = panel_end;
+    run_matmul(step.kernels, args);
   });
 }
 

@@ -1,10 +1,11 @@
 // The end of a step: the wanted rows through the final norm, the output matrix
 // and the sampler.
 #pragma once
+#include <memory>
 #include <vector>
 
 #include "kernels/sample.h"
-#include "program/matmul_stage.h"
+#include "program/greedy_head.h"
 
 namespace setpoint {
 
@@ -34,10 +35,21 @@ class HeadStage : public Stage {
   StageKind kind() const override { return StageKind::head; }
   void prepare(const Step& step) override;
   void run(const Step& step, int thread) override;
+  std::span<const uint8_t> first_reads(const Step& step, int thread) const override;
 
   const RowOutput* outputs() const { return outputs_.data(); }
 
+  // Greedy rows read no more of the matrix than their token takes (GreedyHead). It wants to see typical inputs first:
+  // while collecting, a step keeps its rows' and computes no logits.
+  bool can_shorten() const { return Shortlist::suits(weight_); }
+  void collect(bool on) { collecting_ = on; }
+  void shorten(const KernelTable& kernels, ThreadPool& pool);
+  double greedy_retried_part() const { return greedy_ ? greedy_->retried_part() : 0.; }
+  size_t greedy_bytes() const { return greedy_ ? greedy_->num_bytes() : 0; }
+
  private:
+  HeadRows rows_of(const Step& step, int chunk) { return {chunk_end(step, chunk) - chunk * chunk_rows_, weight_, coarse_, fine_, logits_}; }
+  bool wants_best_alone(const Step& step, int chunk) const;
   void gather(const Step& step, int chunk, int thread);
   void multiply(const Step& step, int chunk, int thread);
   void sample(const Step& step, int row, int thread);
@@ -56,6 +68,9 @@ class HeadStage : public Stage {
   std::vector<SampleScratch> scratch_;     // per thread
   std::vector<RowOutput> outputs_;         // [max_rows]
   std::vector<MatmulSchedule> schedules_;  // per chunk
+  std::unique_ptr<GreedyHead> greedy_;
+  bool collecting_ = false;
+  std::vector<float> collected_;  // [rows][hidden]
 };
 
 }  // namespace setpoint

@@ -1,16 +1,18 @@
 #include "program/matmul_stage.h"
 
+#include "kernels/packed_layout.h"
+
 namespace setpoint {
 
 namespace {
 
-constexpr int kStaticRows = 32;   // up to here a matmul is short, and reading the weights is much of it
-constexpr int kTileRows = 256;    // activations of a chunk stay in L2
-constexpr int kRowUnit = 32;      // the kernels' block of rows
-constexpr int kChunkPanels = 12;  // whole register tiles of three panels as well as of four
+constexpr int kStaticRows = 32;                       // up to here a matmul is short, and reading the weights is much of it
+constexpr int kMinTileRows = 96, kMaxTileRows = 256;  // enough to pay for unpacking weights; activations that fit in L2
+constexpr int kRowUnit = 4;                           // the kernels' register tile
+constexpr int kPanelUnit = 3;                         // likewise
+constexpr int kMaxChunkPanels = 12;
 constexpr int kChunksPerThread = 8;
 constexpr int kGatedUnit = 2;  // panels: a group of 32 activations is quantized as a whole
-static_assert(kChunkPanels % kGatedUnit == 0);
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -23,6 +25,13 @@ void run_matmul(const KernelTable& kernels, const MatmulArgs& args) {
     kernels.matmul_float(args);
 }
 
+std::span<const uint8_t> stored_from(const PackedWeight& weight, int panel) {
+  constexpr size_t float_bytes[] = {4, 2, 2};
+  const size_t bytes =
+      weight.is_quantized() ? panel_bytes(weight) : 16 * static_cast<size_t>(weight.k) * float_bytes[static_cast<size_t>(weight.codes)];
+  return {weight.data + static_cast<size_t>(panel) * bytes, static_cast<size_t>(weight.panels() - panel) * bytes};
+}
+
 void MatmulSchedule::reset(int rows, int panels, int threads, int unit) {
   rows_ = rows;
   unit_ = unit;
@@ -33,9 +42,12 @@ void MatmulSchedule::reset(int rows, int panels, int threads, int unit) {
   tile_rows_ = rows;
   chunk_panels_ = 0;
   if (rows <= kStaticRows) return;
-  chunk_panels_ = kChunkPanels;
-  const int wanted = std::max(ceil_div(kChunksPerThread * threads, ceil_div(panels, kChunkPanels)), ceil_div(rows, kTileRows));
-  tile_rows_ = ceil_div(ceil_div(rows, wanted), kRowUnit) * kRowUnit;
+  const int wanted = kChunksPerThread * threads;
+  row_tiles_ = ceil_div(rows, kMaxTileRows);
+  const int panel_unit = kPanelUnit * unit;
+  chunk_panels_ = std::clamp(panels * row_tiles_ / wanted, panel_unit, kMaxChunkPanels) / panel_unit * panel_unit;
+  row_tiles_ = std::max(row_tiles_, std::min(rows / kMinTileRows, ceil_div(wanted, ceil_div(panels, chunk_panels_))));
+  tile_rows_ = ceil_div(ceil_div(rows, row_tiles_), kRowUnit) * kRowUnit;
   row_tiles_ = ceil_div(rows, tile_rows_);
 }
 
@@ -83,6 +95,14 @@ void MatmulStage::run(const Step& step, int thread) {
       panel_end -= panels;
     }
   });
+}
+
+std::span<const uint8_t> MatmulStage::first_reads(const Step&, int thread) const {
+  int panel = schedule_.first_panel(thread);
+  if (panel < 0) return {};
+  size_t item = 0;
+  for (; panel >= items_[item].weight.panels(); ++item) panel -= items_[item].weight.panels();
+  return stored_from(items_[item].weight, panel);
 }
 
 void MatmulStage::multiply(const Step& step, const Item& item, MatmulArgs args, int panel_begin, int panel_end) const {

@@ -14,6 +14,8 @@ namespace setpoint {
 // y = x W^T by panels of 16 output channels, spread over the threads. Also the
 // head's matmul.
 void run_matmul(const KernelTable& kernels, const MatmulArgs& args);
+// The stored weights from a panel on.
+std::span<const uint8_t> stored_from(const PackedWeight& weight, int panel);
 
 // Which (rows, panels) a thread computes. Few rows: one contiguous share of the
 // panels each, so every thread streams its part of the weights. Many rows:
@@ -41,6 +43,9 @@ class MatmulSchedule {
       visit(row_begin, row_end, first, last);
     }
   }
+
+  // A thread's first panel, or -1 where that is not known before.
+  int first_panel(int thread) const { return rows_ > 0 && chunk_panels_ == 0 && share(thread) < panels_ ? share(thread) : -1; }
 
  private:
   int share(int thread) const {  // first panel of a thread
@@ -82,6 +87,7 @@ class MatmulStage : public Stage {
   StageKind kind() const override { return StageKind::matmul; }
   void prepare(const Step& step) override;
   void run(const Step& step, int thread) override;
+  std::span<const uint8_t> first_reads(const Step&, int thread) const override;
 
  private:
   void multiply(const Step& step, const Item& item, MatmulArgs args, int panel_begin, int panel_end) const;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
 #include <stdexcept>
 
 #include "program/attention_stage.h"
@@ -9,6 +10,11 @@
 namespace setpoint {
 
 namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Bytes of the next weights that a thread fetches before it arrives at a barrier, and in all while it waits there.
+constexpr size_t kFetchedBefore = size_t{16} << 10, kFetchedWaiting = size_t{64} << 10, kFetchedAtOnce = 512;
 
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
@@ -190,6 +196,9 @@ void Program::head(int in, std::vector<float> norm_weight, float eps, const Pack
   batch_.emplace(limits_, kv_.groups());
   head_ = stage.get();
   stages_.push_back(std::move(stage));
+  next_weights_.assign(stages_.size(), stages_.size() - 1);
+  for (size_t i = stages_.size() - 1; i-- > 0;)
+    next_weights_[i] = stages_[i + 1]->kind() == StageKind::matmul ? i + 1 : next_weights_[i + 1];
 }
 
 // The copies of slots that only the finished program knows of.
@@ -208,11 +217,30 @@ void Program::allocate_slots() {
   }
 }
 
+// The barrier after a stage.
+void Program::meet(const Step& step, int thread, size_t stage, ReadAhead& ahead) {
+  ahead.aim(stages_[next_weights_[stage]]->first_reads(step, thread));
+  ahead.fetch(kFetchedBefore, kFetchedBefore);
+  pool_.barrier([&] { return ahead.fetch(kFetchedAtOnce, kFetchedWaiting); });
+}
+
 void Program::run_stages(const Step& step, int thread) {
-  for (const auto& stage : stages_) {
-    stage->run(step, thread);
-    if (stage.get() != head_) pool_.barrier();
+  ReadAhead ahead;
+  for (size_t i = 0; i < stages_.size(); ++i) {
+    const auto begin = profiling_ ? Clock::now() : Clock::time_point();
+    stages_[i]->run(step, thread);
+    if (i + 1 < stages_.size()) meet(step, thread, i, ahead);
+    if (profiling_ && thread == 0)
+      seconds_[static_cast<size_t>(stages_[i]->kind())] += std::chrono::duration<double>(Clock::now() - begin).count();
   }
+}
+
+size_t Program::slot_bytes() const {
+  size_t bytes = 0;
+  for (const Slot& slot : work_.slots)
+    bytes += 4 * slot.values.values.size() + slot.quantized.codes.size() + 4 * (slot.quantized.scales.size() + slot.quantized.sums.size());
+  for (const RopeTable& table : work_.ropes) bytes += 4 * (table.cos.size() + table.sin.size());
+  return bytes;
 }
 
 const RowOutput* Program::outputs() const {
@@ -227,6 +255,40 @@ std::unique_lock<std::mutex> Program::enter() {
   return entered;
 }
 
+size_t Program::shorten_head(std::span<const int32_t> tokens) {
+  require(head_ != nullptr, "the program has no head yet");
+  if (!head_->can_shorten()) return 0;
+  const int count = static_cast<int>(tokens.size()), pages = (count + kPageTokens - 1) / kPageTokens;
+  std::vector<int32_t> blocks(static_cast<size_t>(pages));
+  std::iota(blocks.begin(), blocks.end(), 0);
+  const std::vector<BlockTables> tables(kv_.groups().size(), BlockTables{blocks.data(), pages});
+  std::vector<RowRecord> rows(tokens.size());
+  for (int i = 0; i < count; ++i) {
+    RowRecord& row = rows[static_cast<size_t>(i)];
+    row = {};
+    row.token = i;
+    row.target = row.num_logprobs = row.allowed_end = -1;
+  }
+  const int32_t starts[] = {0, count}, position = 0;
+  StepInputs inputs;
+  inputs.tokens = tokens;
+  inputs.entry_starts = starts;
+  inputs.entry_positions = {&position, 1};
+  inputs.tables = tables;
+  inputs.rows = rows;
+  head_->collect(true);
+  try {
+    step(inputs);
+  } catch (...) {
+    head_->collect(false);
+    throw;
+  }
+  head_->collect(false);
+  const auto entered = enter();
+  head_->shorten(kernels_, pool_);
+  return head_->greedy_bytes();
+}
+
 void Program::check(const StepInputs& inputs) {
   const auto entered = enter();
   batch_->load(inputs);
@@ -237,19 +299,7 @@ void Program::step(const StepInputs& inputs) {
   batch_->load(inputs);
   const Step step{kernels_, *batch_, kv_, work_, pool_};
   for (const auto& stage : stages_) stage->prepare(step);
-  if (!profiling_) {
-    pool_.run([&](int thread) { run_stages(step, thread); });
-    return;
-  }
-  pool_.run([&](int thread) {
-    for (const auto& stage : stages_) {
-      const auto begin = std::chrono::steady_clock::now();
-      stage->run(step, thread);
-      pool_.barrier();
-      if (thread == 0)
-        seconds_[static_cast<size_t>(stage->kind())] += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    }
-  });
+  pool_.run([&](int thread) { run_stages(step, thread); });
 }
 
 }  // namespace setpoint

@@ -8,11 +8,13 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "program/head.h"
 #include "program/matmul_stage.h"
+#include "program/read_ahead.h"
 #include "program/row_ops.h"
 
 namespace setpoint {
@@ -51,6 +53,12 @@ class Program {
   void select_rows(int in, int out);
   void head(int in, std::vector<float> norm_weight, float eps, const PackedWeight& weight);
 
+  // Runs `tokens` as one sequence from position 0, over whatever the cache holds, to learn how the head's inputs lie;
+  // then greedy rows cost less, and give the same tokens. Returns the bytes it took: 0 where it would not help.
+  size_t shorten_head(std::span<const int32_t> tokens);
+
+  double head_retried_part() const { return head_ == nullptr ? 0. : head_->greedy_retried_part(); }
+
   // One step. Throws std::invalid_argument on bad inputs before anything has
   // run, std::runtime_error while another thread is in a step. The rows' outputs
   // stay valid until the next step.
@@ -62,6 +70,7 @@ class Program {
   const char* isa() const { return kernels_.isa; }
   int num_threads() const { return pool_.size(); }
   size_t kv_bytes() const { return kv_.bytes(); }
+  size_t slot_bytes() const;  // of what a step works in, as far as that grows with the largest step
 
   // Seconds the calling thread spent in each kind of stage, barriers included;
   // only counted while profiling.
@@ -79,6 +88,7 @@ class Program {
   std::unique_lock<std::mutex> enter();  // one caller at a time
   void allocate_slots();
   void run_stages(const Step& step, int thread);
+  void meet(const Step& step, int thread, size_t stage, ReadAhead& ahead);
 
   const Limits limits_;
   const KernelTable& kernels_;
@@ -89,10 +99,11 @@ class Program {
   RowStage* row_stage_ = nullptr;        // the last stage, if it is one of rows
   MatmulStage* matmul_stage_ = nullptr;  // the last stage, if it is one of matmuls
   HeadStage* head_ = nullptr;
-  bool wanted_ = false;              // select_rows was called
-  SlotSet quantized_;                // slots that some matmul reads as 8-bit integers
-  std::vector<bool> has_quantized_;  // whose 8-bit copy is up to date at this point of the program
-  SlotSet private_;                  // slots that threads may want copies of
+  std::vector<size_t> next_weights_;  // per stage: the next one that reads weights
+  bool wanted_ = false;               // select_rows was called
+  SlotSet quantized_;                 // slots that some matmul reads as 8-bit integers
+  std::vector<bool> has_quantized_;   // whose 8-bit copy is up to date at this point of the program
+  SlotSet private_;                   // slots that threads may want copies of
   size_t attention_floats_ = 0, split_floats_ = 0, partial_floats_ = 0;
   std::optional<Batch> batch_;
   std::mutex stepping_;

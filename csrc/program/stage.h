@@ -1,6 +1,8 @@
 // What a lowered program is made of: stages that all threads run together, with
 // a barrier after each.
 #pragma once
+#include <span>
+
 #include "core/thread_pool.h"
 #include "program/batch.h"
 #include "program/workspace.h"
@@ -28,6 +30,8 @@ class Stage {
   virtual void prepare(const Step&) {}  // by one thread, before the step starts
   virtual void run(const Step& step,
                    int thread) = 0;  // by every thread; may meet at barriers itself
+  // The weights that `thread` will read first; empty where that is not known before, or not worth while.
+  virtual std::span<const uint8_t> first_reads(const Step&, int /*thread*/) const { return {}; }
 };
 
 }  // namespace setpoint

@@ -48,15 +48,17 @@ class Assembly:
     reasons: list[Reason]
     model_name: str
     isa: str  # of the kernels that were chosen
-    weight_bytes: int  # read once by every step
+    weight_bytes: int  # read by every step; more where a row wants more than its most likely token
     cache_info: dict[str, str]  # of the KV cache, under the names of vLLM's metric
     phases: dict[str, float] = field(default_factory=dict)  # start-up phase -> seconds
 
 
 def model_facts(model: Model, weight_bytes: int = 0) -> ModelFacts:
+    from setpoint.runtime.cpu.step_memory import step_bytes_per_token
+
     layers = model.layers.layers
     values = sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in layers)
-    return ModelFacts(model.max_position, values, weight_bytes)
+    return ModelFacts(model.max_position, values, weight_bytes, step_bytes_per_token(model))
 
 
 def load_model(name: str, *, progress: Progress = silent) -> LoadedModel:
@@ -139,7 +141,7 @@ def build_engine(
         reasons=reasons,
         model_name=config.model,
         isa=runner.isa,
-        weight_bytes=runner.weight_bytes,
+        weight_bytes=runner.step_bytes,
         cache_info={
             "block_size": str(runner.info.block_size),
             "num_gpu_blocks": str(sum(group.num_blocks for group in runner.info.kv_groups)),

@@ -174,6 +174,7 @@ class ModelFacts:
     max_position: int
     kv_values_per_token: int  # K and V numbers a token adds over all layers
     weight_bytes: int = 0  # at least; they are in memory before the cache is
+    step_bytes_per_token: int = 0  # what a step works in, for each token of --max-num-batched-tokens
 
 
 def resolve(config: EngineConfig, machine: Machine, model: ModelFacts) -> tuple[EngineConfig, list[Reason]]:
@@ -204,12 +205,23 @@ def resolve(config: EngineConfig, machine: Machine, model: ModelFacts) -> tuple[
             f"the weights take {model.weight_bytes / GIB:.1f} GiB, {machine.available_memory_bytes / GIB:.1f} GiB of "
             "memory are free; choose a smaller model or a coarser weight format"
         )
+    step_bytes = model.step_bytes_per_token * config.max_num_batched_tokens
+    free -= step_bytes
+    if free <= 0:
+        raise ConfigError(
+            f"steps of {config.max_num_batched_tokens} tokens work in {step_bytes / GIB:.1f} GiB, more than weights "
+            "leave free; lower --max-num-batched-tokens"
+        )
     token_bytes = model.kv_values_per_token * (4 if kv_dtype == "f32" else 2)
     kv_bytes = config.kv_cache_memory_bytes
     if kv_bytes is None:
         most = token_bytes * context * config.max_num_seqs
         kv_bytes = max(min(free // 4, most), token_bytes * 16)
-        why = "all sequences at full context fit" if kv_bytes == most else "a quarter of the memory the weights leave"
+        why = (
+            "all sequences at full context fit"
+            if kv_bytes == most
+            else "a quarter of the memory that weights and steps leave"
+        )
         derived["kv_cache_memory_bytes"] = (kv_bytes, why)
         shortest = kv_bytes // token_bytes
         if shortest < context and config.max_model_len is None:
@@ -217,7 +229,8 @@ def resolve(config: EngineConfig, machine: Machine, model: ModelFacts) -> tuple[
             derived["max_model_len"] = (context, f"the KV cache of {kv_bytes / GIB:.1f} GiB holds no more")
     elif kv_bytes > free:
         raise ConfigError(
-            f"--kv-cache-memory-bytes {kv_bytes} is more than the {free} bytes of free memory that the weights leave"
+            f"--kv-cache-memory-bytes {kv_bytes} is more than the {free} bytes of free memory that weights and steps "
+            "leave"
         )
     if kv_bytes < token_bytes * context:
         raise ConfigError(

@@ -57,6 +57,17 @@ def test_isas_equal_the_reference_for_every_k(isa: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("isa", FAST_ISAS)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_many_rows_equal_the_reference(isa: str, name: str) -> None:
+    # Tiles of every height and width, several chunks of K, a partial last panel.
+    k = FORMATS[name].block_elements * (4 if FORMATS[name].block_elements == 256 else 25)
+    for rows, n in [(8, 16), (9, 31), (10, 48), (11, 64), (13, 75), (20, 112)]:
+        x, bias, residual = normal(rows, k, rows), normal(1, n, 2)[0], normal(rows, n, 3)
+        fused = [_native.kernels_matmul(i, packed(name, n, k), x, bias, residual) for i in (isa, "ref")]
+        assert same_bits(*fused), (rows, n)
+
+
+@pytest.mark.parametrize("isa", FAST_ISAS)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("k", [256, 1280])
 def test_a_row_does_not_depend_on_its_batch(isa: str, name: str, k: int) -> None:
@@ -82,6 +93,29 @@ def test_any_split_of_the_work_gives_the_same_bits(isa: str, name: str) -> None:
             touched[rows[0] : rows[1], panels[0] * 16 : panels[1] * 16] = True
             assert same_bits(pieces[~touched], before[~touched])
     assert same_bits(pieces, whole)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_two_planes_equal_two_matmuls(isa: str, name: str) -> None:
+    weight = packed(name, 83, 512)
+    for m in [1, 2, 3, 4, 5, 8, 33]:
+        x, fine, bias, residual = normal(m, 512, 31), normal(m, 512, 32) / 100, normal(1, 83, 33)[0], normal(m, 83, 34)
+        first = _native.kernels_matmul(isa, weight, x, bias, residual)
+        want = _native.kernels_matmul(isa, weight, fine, None, first)
+        assert same_bits(_native.kernels_matmul(isa, weight, x, bias, residual, fine=fine), want), m
+
+
+@pytest.mark.parametrize("isa", FAST_ISAS)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_long_inputs_equal_the_reference(isa: str, name: str) -> None:
+    # So long that the activations of a call are gathered in several pieces, whatever the number of rows.
+    k = 52736
+    weight = packed(name, 18, k)
+    x = normal(8, k, 41)
+    want = _native.kernels_matmul("ref", weight, x[:3])
+    for m in (1, 3, 8):
+        assert same_bits(_native.kernels_matmul(isa, weight, x[:m])[:3], want[:m]), m
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

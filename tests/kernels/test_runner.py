@@ -20,10 +20,20 @@ from setpoint.engine.plan import EntryResult, LogitsRow, PlanEntry, RowSampling,
 from setpoint.errors import ConfigError, EngineError, ModelFileError, UnsupportedModelError
 from setpoint.runtime.cpu.arrays import StepArrays
 from setpoint.runtime.cpu.runner import CpuRunner
+from setpoint.runtime.cpu.step_memory import step_bytes_per_token
 
 
 def greedy(offset: int, **more: Any) -> LogitsRow:
     return LogitsRow(offset, RowSampling(temperature=0.0, **more))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_estimate_of_what_steps_work_in_is_right(name: str) -> None:
+    model = MODELS[name]
+    tokens = 4096
+    runner = open_runner(model, MemoryCheckpoint(model, "Q8_0"), max_num_batched_tokens=tokens)
+    used = runner.program.slot_bytes
+    assert used <= step_bytes_per_token(model) * tokens <= 1.5 * used
 
 
 def test_rows_come_back_in_order_with_tokens_and_logprobs() -> None:

@@ -87,14 +87,28 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_loaded() -> None
         resolve(EngineConfig(model="m"), MACHINE, replace(MODEL, weight_bytes=8 * GIB))
 
 
+def test_what_steps_work_in_counts() -> None:
+    config = EngineConfig(model="m", max_num_batched_tokens=65536)
+    with pytest.raises(ConfigError, match=r"steps of 65536 tokens work in 8\.0 GiB.*--max-num-batched-tokens"):
+        resolve(config, MACHINE, replace(MODEL, step_bytes_per_token=1 << 17))
+    plain, _ = resolve(config, MACHINE, MODEL)
+    working, _ = resolve(config, MACHINE, replace(MODEL, step_bytes_per_token=1 << 16))
+    assert plain.kv_cache_memory_bytes is not None
+    assert working.kv_cache_memory_bytes == plain.kv_cache_memory_bytes - GIB
+
+
 @given(
     memory=st.integers(1 << 26, 1 << 40),
     seqs=st.integers(1, 256),
     context=st.integers(16, 1 << 20),
     weights=st.integers(0, 1 << 25),
+    step=st.integers(0, 1 << 15),
 )
-def test_resolve_never_promises_more_than_there_is(memory: int, seqs: int, context: int, weights: int) -> None:
-    facts = ModelFacts(context, MODEL.kv_values_per_token, weights)
+def test_resolve_never_promises_more_than_there_is(
+    memory: int, seqs: int, context: int, weights: int, step: int
+) -> None:
+    facts = ModelFacts(context, MODEL.kv_values_per_token, weights, step)
+    weights += step * EngineConfig(model="m").max_num_batched_tokens
     resolved, _ = resolve(EngineConfig(model="m", max_num_seqs=seqs), Machine(2, memory), facts)
     assert resolved.kv_cache_memory_bytes is not None
     assert resolved.max_model_len is not None

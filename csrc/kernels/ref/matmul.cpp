@@ -61,11 +61,11 @@ float float_weight(const PackedWeight& w, int channel, int k) {
   return value;
 }
 
-float quantized_dot(const MatmulArgs& a, int row, int channel) {
+float quantized_dot(const MatmulArgs& a, const QuantizedRows& q, int row, int channel) {
   const PackedWeight& w = *a.weight;
-  const int8_t* codes = a.q.codes + size_t(row) * w.k;
-  const float* scales = a.q.scales + size_t(row) * (w.k / 32);
-  const int32_t* sums = a.q.sums + size_t(row) * (w.k / 16);
+  const int8_t* codes = q.codes + size_t(row) * w.k;
+  const float* scales = q.scales + size_t(row) * (w.k / 32);
+  const int32_t* sums = q.sums + size_t(row) * (w.k / 16);
   float y = 0;
   for (int g = 0; g < w.k / w.group; ++g) {
     const int begin = g * w.group;
@@ -84,7 +84,7 @@ float quantized_dot(const MatmulArgs& a, int row, int channel) {
   return y;
 }
 
-float float_dot(const MatmulArgs& a, int row, int channel) {
+float float_dot(const MatmulArgs& a, const QuantizedRows&, int row, int channel) {
   const PackedWeight& w = *a.weight;
   const float* x = a.x + size_t(row) * a.x_stride;
   float y = 0;
@@ -96,15 +96,16 @@ float float_dot(const MatmulArgs& a, int row, int channel) {
   return y;
 }
 
-template <float (*dot)(const MatmulArgs&, int row, int channel)>
+template <float (*dot)(const MatmulArgs&, const QuantizedRows&, int row, int channel)>
 void matmul(const MatmulArgs& a) {
   const int channel_end = std::min(a.panel_end * 16, a.weight->n);
   for (int row = a.row_begin; row < a.row_end; ++row) {
     float* out = a.out + size_t(row) * a.out_stride;
     for (int channel = a.panel_begin * 16; channel < channel_end; ++channel) {
-      float y = dot(a, row, channel);
+      float y = dot(a, a.q, row, channel);
       if (a.bias != nullptr) y = y + a.bias[channel];
       if (a.accumulate) y = y + out[channel];
+      if (a.fine.codes != nullptr) y = dot(a, a.fine, row, channel) + y;
       out[channel] = y;
     }
   }

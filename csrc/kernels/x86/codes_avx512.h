@@ -47,6 +47,49 @@ template <Codes Kind, int Quad>
     return join_bits<0x30>(quad_of_nibbles<Quad>(step), shift_bits<Quad % 4 * 2, 4>(load_line(step + (4 + Quad / 4) * kLineBytes)));
 }
 
+// A line in a register: without this the compiler reads it from memory again for every quad.
+[[gnu::always_inline]] inline __m512i load_once(const uint8_t* at) {
+  __m512i line = load_line(at);
+  asm("" : "+v"(line));
+  return line;
+}
+
+// The codes of the 16 inputs of half a step.
+template <Codes Kind, int Half>
+[[gnu::always_inline]] inline void half_step_codes(const uint8_t* step, __m512i (&codes)[4]) {
+  constexpr int kBits = Half * 4;  // where the half's bits start in a line of bits
+  if constexpr (Kind == Codes::u8)
+    for (int i = 0; i < 4; ++i) codes[i] = load_line(step + (Half * 4 + i) * kLineBytes);
+  if constexpr (Kind == Codes::u4 || Kind == Codes::u5 || Kind == Codes::u6)
+    for (int i = 0; i < 2; ++i) {
+      const __m512i line = load_once(step + (Half * 2 + i) * kLineBytes), mask = _mm512_set1_epi8(0x0f);
+      codes[2 * i] = _mm512_and_si512(line, mask);
+      codes[2 * i + 1] = _mm512_and_si512(shift_bits<4, 0>(line), mask);
+    }
+  if constexpr (Kind == Codes::u2 || Kind == Codes::u3) {
+    const __m512i line = load_once(step + Half * kLineBytes), mask = _mm512_set1_epi8(0x03);
+    codes[0] = _mm512_and_si512(line, mask);
+    codes[1] = _mm512_and_si512(shift_bits<2, 0>(line), mask);
+    codes[2] = _mm512_and_si512(shift_bits<4, 0>(line), mask);
+    codes[3] = _mm512_and_si512(shift_bits<6, 0>(line), mask);
+  }
+  if constexpr (Kind == Codes::u6) {
+    const __m512i line = load_once(step + (4 + Half) * kLineBytes);
+    codes[0] = join_bits<0x30>(codes[0], shift_bits<0, 4>(line));
+    codes[1] = join_bits<0x30>(codes[1], shift_bits<2, 4>(line));
+    codes[2] = join_bits<0x30>(codes[2], line);
+    codes[3] = join_bits<0x30>(codes[3], shift_bits<6, 4>(line));
+  }
+  if constexpr (Kind == Codes::u3 || Kind == Codes::u5) {
+    constexpr int kTo = Kind == Codes::u3 ? 2 : 4;
+    const __m512i line = load_once(step + (step_bytes(Kind) - kLineBytes));
+    codes[0] = join_bits<1 << kTo>(codes[0], shift_bits<kBits, kTo>(line));
+    codes[1] = join_bits<1 << kTo>(codes[1], shift_bits<kBits + 1, kTo>(line));
+    codes[2] = join_bits<1 << kTo>(codes[2], shift_bits<kBits + 2, kTo>(line));
+    codes[3] = join_bits<1 << kTo>(codes[3], shift_bits<kBits + 3, kTo>(line));
+  }
+}
+
 [[gnu::always_inline]] inline __m512 load_f16(const uint8_t* at) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
 }

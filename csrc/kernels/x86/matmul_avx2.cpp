@@ -2,6 +2,7 @@
 // widened before they could saturate; full bytes could saturate at once, so they are widened first.
 #include "kernels/x86/codes_avx2.h"
 #include "kernels/x86/matmul_walk.h"
+#include "kernels/x86/planes.h"
 #include "kernels/x86/variants.h"
 
 #include <immintrin.h>
@@ -145,7 +146,7 @@ struct Widening {
 }  // namespace
 
 void register_avx2_matmul(KernelTable& t) {
-  t.matmul_quantized = matmul<Widening>;
+  t.matmul_quantized = matmul_planes<matmul<Widening>>;
   register_avx2_matmul_float(t);
   register_avx2_quantize_rows(t);
 }

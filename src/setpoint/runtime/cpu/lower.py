@@ -22,8 +22,11 @@ from setpoint.models.spec import (
     SandwichBlock,
     UnitOffsetRMSNorm,
 )
+from setpoint.runtime.cpu.kv_layout import BLOCK_TOKENS
 from setpoint.runtime.cpu.rope import rope_frequencies
 from setpoint.runtime.cpu.weights import WeightReader
+
+HEAD_SAMPLE = 64  # tokens: enough to see along which directions hidden states are large
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +44,11 @@ class ProgramOptions:
 
 @dataclass(frozen=True, slots=True)
 class LoweredModel:
+    """`step_bytes`: what a step reads at the least, when its rows are greedy."""
+
     program: _native.Program
     weight_bytes: int
+    step_bytes: int
 
 
 def lower(model: Model, checkpoint: Checkpoint, groups: Sequence[KVGroup], options: ProgramOptions) -> LoweredModel:
@@ -65,14 +71,24 @@ def lower(model: Model, checkpoint: Checkpoint, groups: Sequence[KVGroup], optio
         raise ConfigError(str(error)) from error
     reader = WeightReader(checkpoint, as_float=options.dtype == "f32")
     try:
-        _Lowering(model, program, reader, groups).run()
+        lowering = _Lowering(model, program, reader, groups)
+        lowering.run()
+        head_bytes = program.shorten_head(sample_tokens(model, groups, options))
     except MemoryError as error:
         raise ConfigError(
             "not enough memory for the weights and the KV cache; lower --kv-cache-memory-bytes"
         ) from error
     except ValueError as error:
         raise UnsupportedModelError(f"the model cannot be lowered: {error}") from error
-    return LoweredModel(program, reader.num_bytes)
+    step_bytes = reader.num_bytes - (lowering.head_bytes - head_bytes if head_bytes else 0)
+    return LoweredModel(program, reader.num_bytes + head_bytes, step_bytes)
+
+
+def sample_tokens(model: Model, groups: Sequence[KVGroup], options: ProgramOptions) -> NDArray[np.int32]:
+    """Ids from all over the vocabulary, as many as a first step may hold."""
+    room = min(BLOCK_TOKENS * group.num_blocks for group in groups)
+    count = min(HEAD_SAMPLE, room, options.max_num_batched_tokens, options.max_model_len, model.vocab_size)
+    return np.linspace(0, model.vocab_size - 1, count).astype(np.int32)
 
 
 class _Lowering:
@@ -95,12 +111,9 @@ class _Lowering:
             self.rope_table(layer.attention)
         for index, layer in enumerate(model.layers.layers):
             self.block(f"{model.layers.name}.{index}.", layer, last=index == len(model.layers.layers) - 1)
-        self.program.head(
-            self.x,
-            self.norm_weight("", model.norm, model.hidden),
-            model.norm.eps,
-            self.reader.matrix(f"{model.head.tied or model.head.name}.weight", model.vocab_size, model.hidden),
-        )
+        weight = self.reader.matrix(f"{model.head.tied or model.head.name}.weight", model.vocab_size, model.hidden)
+        self.head_bytes = weight.nbytes
+        self.program.head(self.x, self.norm_weight("", model.norm, model.hidden), model.norm.eps, weight)
         self.reader.check_all_read(f"{model.head.name}.weight")  # some store the tied matrix once more
 
     def slot(self, name: str, width: int) -> int:

@@ -52,6 +52,7 @@ class CpuRunner:
         self.program = lowered.program
         self.isa: str = lowered.program.isa
         self.weight_bytes = lowered.weight_bytes
+        self.step_bytes = lowered.step_bytes
         self._info = RunnerInfo(model.vocab_size, max_model_len, groups, BLOCK_TOKENS)
         try:
             self._arrays = StepArrays(len(groups), max_num_seqs, max_model_len, BLOCK_TOKENS)
