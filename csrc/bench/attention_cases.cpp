@@ -69,18 +69,6 @@ class CachedSequences {
   std::vector<int32_t> tables_;
 };
 
-// All kv heads, in one call or in one a head, whatever the kernels' arguments offer.
-template <class Args>
-void attend(const KernelTable& kernels, Args args) {
-  if constexpr (requires { args.kv_head_begin; }) {
-    args.kv_head_begin = 0;
-    args.kv_head_end = args.kv.kv_heads;
-    kernels.attention(args);
-  } else {
-    for (args.kv_head = 0; args.kv_head < args.kv.kv_heads; ++args.kv_head) kernels.attention(args);
-  }
-}
-
 class AttentionWorkload : public Workload {
  public:
   AttentionWorkload(const Shape& shape, Pages pages, const char* isa, size_t cold_bytes, int threads)
@@ -112,12 +100,12 @@ class AttentionWorkload : public Workload {
   }
   void run(int index, int thread) override {
     const size_t sequence = cold_ ? (first_ + size_t(index)) * size_t(threads_) + size_t(thread) : size_t(thread);
-    attend(kernels_, arguments(sequence % size_t(sequences_), out_[size_t(thread)].data(), scratch_[size_t(thread)].data()));
+    kernels_.attention(arguments(sequence % size_t(sequences_), out_[size_t(thread)].data(), scratch_[size_t(thread)].data()));
   }
   // Every sequence holds the same keys and values, so every thread must have the same result.
   bool matches_reference() override {
     std::vector<float> expected(q_.size()), scratch(scratch_[0].size());
-    attend(kernel_table("ref"), arguments(0, expected.data(), scratch.data()));
+    kernel_table("ref").attention(arguments(0, expected.data(), scratch.data()));
     return std::all_of(out_.begin(), out_.end(), [&](const std::vector<float>& out) {
       return std::memcmp(out.data(), expected.data(), out.size() * sizeof(float)) == 0;
     });
@@ -133,6 +121,7 @@ class AttentionWorkload : public Workload {
     args.block_table = caches_.table(sequence);
     args.position = shape_.context - shape_.rows;
     args.rows = shape_.rows;
+    args.kv_head_end = shape_.model->kv_heads;
     args.group = shape_.model->heads / shape_.model->kv_heads;
     args.scale = 1.f / std::sqrt(float(shape_.model->head_dim));
     args.q = q_.data();

@@ -87,8 +87,7 @@ Array exp_values(const std::string& isa, Floats1 x) {
 
 KvView view_of(KvFormat format, CacheBytes k, CacheBytes v, int kv_heads, int head_dim, BlockTable table, int tokens) {
   check(kv_heads > 0 && head_dim > 0 && tokens >= 0, "kv_heads, head_dim and the token count must be positive");
-  const size_t block_bytes = static_cast<size_t>(kv_heads) * kPageTokens * head_dim * kv_element_bytes(format);
-  const size_t blocks = std::min(k.shape(0), v.shape(0)) / block_bytes;
+  const size_t blocks = std::min(k.shape(0), v.shape(0)) / (kv_heads * kv_page_bytes(format, head_dim));
   check(static_cast<size_t>(tokens) <= table.shape(0) * kPageTokens, "the block table is too short");
   for (size_t i = 0; i < table.shape(0); ++i)
     check(table(i) >= -1 && table(i) < static_cast<int64_t>(blocks), "a block id is outside the cache");
@@ -111,12 +110,13 @@ void kv_store(const std::string& isa, const std::string& format, CacheBytes k_ca
   kernel_table(isa.c_str()).kv_store(a);
 }
 
-// q: [rows][heads * head_dim]. Returns [rows][heads * head_dim], or with `partial` set
-// [kv_heads][rows][group][splits][head_dim + 2]. split_end 0 means: up to the last row's split. With partial_splits set,
-// the result has that many splits; the call fills its own, at their absolute index, and leaves the others 0.
+// q: [rows][heads * head_dim]. Returns [rows][heads * head_dim], or with `partial` set [rows][heads][splits][head_dim + 2].
+// Head range 0, 0 means all heads; q, and a result that is not partial, always have all of them (0 where not computed).
+// split_end 0 means: up to the last row's split. With partial_splits set, the result has that many splits; the call fills its
+// own, at their absolute index, and leaves the others 0.
 Array attention(const std::string& isa, const std::string& format, CacheBytes k_cache, CacheBytes v_cache, int kv_heads, int head_dim,
-                BlockTable block_table, int position, Floats2 q, float scale, int window, int split_begin, int split_end, bool partial,
-                int partial_splits) {
+                BlockTable block_table, int position, Floats2 q, float scale, int window, int head_begin, int head_end, int split_begin,
+                int split_end, bool partial, int partial_splits) {
   const size_t rows = q.shape(0), width = q.shape(1);
   const int last = position + static_cast<int>(rows);
   AttentionArgs a;
@@ -125,6 +125,9 @@ Array attention(const std::string& isa, const std::string& format, CacheBytes k_
   a.block_table = block_table.data();
   a.position = position;
   a.rows = static_cast<int>(rows);
+  a.kv_head_begin = head_begin;
+  a.kv_head_end = head_end > 0 ? head_end : kv_heads;
+  check(head_begin >= 0 && head_begin < a.kv_head_end && a.kv_head_end <= kv_heads, "head range");
   a.group = static_cast<int>(width / (static_cast<size_t>(kv_heads) * head_dim));
   a.scale = scale;
   a.window = window;
@@ -135,31 +138,28 @@ Array attention(const std::string& isa, const std::string& format, CacheBytes k_
   check(split_begin >= 0 && split_begin < a.split_end && static_cast<int64_t>(a.split_end) <= last / kSplitTokens + 1, "split range");
   check(partial_splits == 0 || partial_splits >= a.split_end, "partial_splits must cover split_end");
   a.partial_splits = partial_splits;
-  const size_t splits = partial_splits > 0 ? partial_splits : a.split_end - a.split_begin;
+  const size_t heads = heads_of(a), splits = partial_splits > 0 ? partial_splits : a.split_end - a.split_begin;
   const size_t entry = head_dim + 2, first = partial_splits > 0 ? split_begin * entry : 0;
-  const size_t per_head = rows * a.group * splits * entry;
-  std::vector<float> out(partial ? kv_heads * per_head : rows * width);
-  std::vector<float> scratch(attention_scratch_floats(a.rows, a.group, head_dim));
+  std::vector<float> out(partial ? rows * heads * splits * entry : rows * width);
+  std::vector<float> scratch(attention_scratch_floats(a.rows, heads_of(a), head_dim));
   a.scratch = scratch.data();
-  for (a.kv_head = 0; a.kv_head < kv_heads; ++a.kv_head) {
-    if (partial)
-      a.partial = out.data() + a.kv_head * per_head + first;
-    else
-      a.out = out.data();
-    kernel_table(isa.c_str()).attention(a);
-  }
+  if (partial)
+    a.partial = out.data() + first;
+  else
+    a.out = out.data();
+  kernel_table(isa.c_str()).attention(a);
   if (!partial) return to_numpy(std::move(out), {rows, width});
-  return to_numpy(std::move(out), {static_cast<size_t>(kv_heads), rows, static_cast<size_t>(a.group), splits, entry});
+  return to_numpy(std::move(out), {rows, heads, splits, entry});
 }
 
-// partial: [rows][group][splits][head_dim + 2] -> [rows][group * head_dim].
+// partial: [rows][heads][splits][head_dim + 2] -> [rows][heads * head_dim].
 Array attention_merge(const std::string& isa, Floats4 partial) {
-  const size_t rows = partial.shape(0), group = partial.shape(1), splits = partial.shape(2);
-  check(partial.shape(3) > 2, "partial: [rows][group][splits][head_dim + 2]");
-  const size_t head_dim = partial.shape(3) - 2, width = group * head_dim;
+  const size_t rows = partial.shape(0), heads = partial.shape(1), splits = partial.shape(2);
+  check(partial.shape(3) > 2, "partial: [rows][heads][splits][head_dim + 2]");
+  const size_t head_dim = partial.shape(3) - 2, width = heads * head_dim;
   std::vector<float> out(rows * width);
   kernel_table(isa.c_str())
-      .attention_merge(partial.data(), static_cast<int>(rows), static_cast<int>(group), static_cast<int>(splits),
+      .attention_merge(partial.data(), static_cast<int>(rows), static_cast<int>(heads), static_cast<int>(splits),
                        static_cast<int>(head_dim), out.data(), width);
   return to_numpy(std::move(out), {rows, width});
 }
@@ -177,8 +177,8 @@ void bind_layers(nb::module_& m) {
   m.def("kernels_kv_store", kv_store, "isa"_a, "format"_a, "k_cache"_a, "v_cache"_a, "kv_heads"_a, "block_table"_a, "position"_a, "k"_a,
         "v"_a);
   m.def("kernels_attention", attention, "isa"_a, "format"_a, "k_cache"_a, "v_cache"_a, "kv_heads"_a, "head_dim"_a, "block_table"_a,
-        "position"_a, "q"_a, "scale"_a, "window"_a = 0, "split_begin"_a = 0, "split_end"_a = 0, "partial"_a = false,
-        "partial_splits"_a = 0);
+        "position"_a, "q"_a, "scale"_a, "window"_a = 0, "head_begin"_a = 0, "head_end"_a = 0, "split_begin"_a = 0, "split_end"_a = 0,
+        "partial"_a = false, "partial_splits"_a = 0);
   m.def("kernels_attention_merge", attention_merge, "isa"_a, "partial"_a);
 }
 

@@ -18,7 +18,7 @@
 // (exact identity for the first split). Result: O_d / L, or 0 for a row that sees no token of the call's splits.
 //
 // Heads: `q` and `out` of AttentionArgs start at head 0 of the row (head h at h * head_dim); attention_merge takes
-// `out` at the first head of the group.
+// `out` at the first head of the call that made the partial results.
 #pragma once
 #include <cstddef>
 
@@ -30,6 +30,8 @@ namespace setpoint {
 constexpr int kLane16 = 16;
 constexpr int kAttentionTileQueries = 6;  // (row, head) pairs that share a load of K and V in the x86 variants
 
+constexpr int kAttentionTileFloats = 48;  // of scratch that such a tile's record takes
+
 struct TokenRange {
   int begin, end;
   SETPOINT_INLINE TokenRange visible(int position, int window) {
@@ -39,24 +41,31 @@ struct TokenRange {
   __attribute__((always_inline)) TokenRange within(int low, int high) const { return {begin > low ? begin : low, end < high ? end : high}; }
 };
 
-SETPOINT_INLINE size_t kv_element_bytes(KvFormat format) { return format == KvFormat::f32 ? 4 : 2; }
+SETPOINT_INLINE constexpr size_t kv_element_bytes(KvFormat format) { return format == KvFormat::f32 ? 4 : 2; }
 
-// Index of the first element of the page that holds `token`, in k and in v alike.
-SETPOINT_INLINE size_t page_element(const KvView& kv, const int32_t* block_table, int kv_head, int token) {
-  const size_t block = static_cast<size_t>(block_table[token / kPageTokens]);
-  return (block * kv.kv_heads + kv_head) * kPageTokens * kv.head_dim;
+SETPOINT_INLINE size_t kv_page_bytes(KvFormat format, int head_dim) {
+  return kv_element_bytes(format) * kPageTokens * static_cast<size_t>(head_dim);
+}
+
+// Bytes from the start of k, and of v, to the page of a block and head.
+SETPOINT_INLINE size_t page_offset(const KvView& kv, int block, int kv_head) {
+  return (static_cast<size_t>(block) * kv.kv_heads + kv_head) * kv_page_bytes(kv.format, kv.head_dim);
 }
 
 // o rows in scratch are padded to whole 16-lane vectors.
 SETPOINT_INLINE int padded_head_dim(int head_dim) { return (head_dim + kLane16 - 1) / kLane16 * kLane16; }
 
-SETPOINT_INLINE size_t partial_stride_of(const AttentionArgs& a) {  // floats from one (row, head) to the next
-  const int splits = a.partial_splits > 0 ? a.partial_splits : a.split_end - a.split_begin;
-  return static_cast<size_t>(splits) * (a.kv.head_dim + 2);
+SETPOINT_INLINE int heads_of(const AttentionArgs& a) { return (a.kv_head_end - a.kv_head_begin) * a.group; }  // q heads of a call
+
+// (m, l, o) of a row, a head of the call (0 the first), a split.
+SETPOINT_INLINE float* partial_entry(const AttentionArgs& a, int row, int head, int split) {
+  const size_t splits = a.partial_splits > 0 ? a.partial_splits : a.split_end - a.split_begin, entry = a.kv.head_dim + 2;
+  const size_t row_floats = a.partial_row > 0 ? a.partial_row : heads_of(a) * splits * entry;
+  return a.partial + row * row_floats + (head * splits + (split - a.split_begin)) * entry;
 }
 
 void ref_kv_store(const KvStoreArgs& a);
 void ref_attention(const AttentionArgs& a);
-void ref_attention_merge(const float* partial, int rows, int group, int splits, int head_dim, float* out, size_t out_stride);
+void ref_attention_merge(const float* partial, int rows, int heads, int splits, int head_dim, float* out, size_t out_stride);
 
 }  // namespace setpoint

@@ -69,8 +69,8 @@ struct MatmulArgs {
 // ------------------------------------------------------------------------------------------------ paged KV cache
 enum class KvFormat : uint8_t { f32, f16, bf16 };
 
-// One layer's cache. K page: [head_dim][16 tokens]; V page: [16 tokens][head_dim]; element size by format.
-// Page of (block b, kv head h): base + (b * kv_heads + h) * 16 * head_dim elements.
+// One layer's cache. K page: [head_dim][16 tokens]; V page: [16 tokens][head_dim]. The pages of a block's heads follow each
+// other, and so do blocks: page of (block b, kv head h) at (b * kv_heads + h) * kv_page_bytes(format, head_dim), see attention.h.
 struct KvView {
   KvFormat format = KvFormat::f16;
   int kv_heads = 0;
@@ -94,7 +94,7 @@ struct KvStoreArgs {
   size_t k_stride = 0, v_stride = 0;
 };
 
-// Attention of the q heads [kv_head * group, (kv_head + 1) * group) for `rows` consecutive positions.
+// Attention of the q heads [kv_head_begin * group, kv_head_end * group) for `rows` consecutive positions.
 // Per row, over splits s ascending, inside a split over 64-token blocks b ascending:
 //   score_t = scale * sum_d fma(q_d, k_td) (d ascending, one accumulator); masked tokens (t > pos, t <= pos - window)
 //   are left out; a block without a visible token is skipped.
@@ -108,7 +108,7 @@ struct AttentionArgs {
   const int32_t* block_table = nullptr;
   int position = 0;  // of row 0
   int rows = 0;
-  int kv_head = 0;
+  int kv_head_begin = 0, kv_head_end = 0;
   int group = 1;  // q heads per kv head
   float scale = 1.f;
   int window = 0;            // 0 = unlimited
@@ -117,9 +117,12 @@ struct AttentionArgs {
   float* out = nullptr;  // [rows][out_stride]
   size_t out_stride = 0;
   int split_begin = 0, split_end = 0;  // absolute split indices to visit
-  float* partial = nullptr;            // [rows][group][split_end - split_begin][head_dim + 2] or null
-  int partial_splits = 0;              // splits per (row, head) of the whole partial buffer, when this call fills only some; 0: its own
-  float* scratch = nullptr;            // attention_scratch_floats(...) floats, per thread
+  // [rows][q heads of the call][splits][head_dim + 2] or null. A call that fills a part of a larger buffer says the whole's
+  // splits per (row, head) and floats per row, and points at its own first entry; 0: the buffer is this call's.
+  float* partial = nullptr;
+  int partial_splits = 0;
+  size_t partial_row = 0;
+  float* scratch = nullptr;  // attention_scratch_floats(rows, q heads of the call, head_dim) floats, per thread
 };
 
 // ------------------------------------------------------------------------------------------------------- the table
@@ -145,9 +148,9 @@ struct KernelTable {
   // attention
   void (*kv_store)(const KvStoreArgs&) = nullptr;
   void (*attention)(const AttentionArgs&) = nullptr;
-  void (*attention_merge)(const float* partial, int rows, int group, int splits, int head_dim, float* out, size_t out_stride) = nullptr;
+  void (*attention_merge)(const float* partial, int rows, int heads, int splits, int head_dim, float* out, size_t out_stride) = nullptr;
 };
-size_t attention_scratch_floats(int rows, int group, int head_dim);  // upper bound over all variants
+size_t attention_scratch_floats(int rows, int heads, int head_dim);  // upper bound over all variants
 constexpr int kAttentionTileRows = 16;                               // most rows the program passes per call
 
 void register_ref(KernelTable&);  // fills every slot

@@ -2,61 +2,117 @@
 
 #include <algorithm>
 
+#include "kernels/attention.h"
+
 namespace setpoint {
 
 namespace {
 
 constexpr size_t kMaxPartialFloats = size_t{4} << 20;
+constexpr int kItemsPerThread = 8;  // at least, where the work can be cut so finely: what the slowest thread may lag behind
 
 }  // namespace
 
-// Room for decode (one row a tile) at the longest context for every unit that
-// may be split, within reason: a step that needs more walks its splits one
-// after another.
+// Room for the longest context of as many single rows as are ever cut, within reason: a tile that finds none is not cut by
+// splits.
 size_t AttentionStage::partial_floats(const KvView& kv, int heads, int max_model_len, int threads) {
   const size_t splits = (static_cast<size_t>(max_model_len) + kSplitTokens - 1) / kSplitTokens;
-  const size_t group = static_cast<size_t>(heads / kv.kv_heads);
-  return std::min(kMaxPartialFloats, 2 * static_cast<size_t>(threads) * group * splits * static_cast<size_t>(kv.head_dim + 2));
+  const size_t rows = static_cast<size_t>(kItemsPerThread * threads);
+  return std::min(kMaxPartialFloats, rows * static_cast<size_t>(heads) * splits * static_cast<size_t>(kv.head_dim + 2));
 }
 
-size_t AttentionStage::split_floats(const KvView& kv, int heads) {
-  return static_cast<size_t>(kAttentionTileRows) * static_cast<size_t>(heads / kv.kv_heads) * static_cast<size_t>(kv.head_dim + 2);
+size_t AttentionStage::scratch_floats(const KvView& kv, int heads) {
+  return std::max(attention_scratch_floats(1, heads, kv.head_dim),
+                  attention_scratch_floats(kAttentionTileRows, heads / kv.kv_heads, kv.head_dim));
 }
 
-AttentionStage::Splits AttentionStage::splits_of(const Step& step, const Batch::Tile& tile) const {
+void AttentionStage::reserve(const KvView& kv, const Limits& limits, int threads) {
+  const size_t tiles = static_cast<size_t>(limits.max_tokens / kAttentionTileRows + limits.max_entries);
+  const size_t whole = tiles * static_cast<size_t>(kv.kv_heads);
+  const size_t entry = static_cast<size_t>(heads_ / kv.kv_heads) * static_cast<size_t>(kv.head_dim + 2);
+  items_.reserve(whole + partial_floats(kv, heads_, limits.max_model_len, threads) / entry);
+  merges_.reserve(tiles);
+}
+
+AttentionStage::Range AttentionStage::splits_of(const Step& step, const Batch::Tile& tile) const {
   const int window = step.kv.window_of(layer_);
   const int first = window == 0 ? 0 : std::max(0, tile.position - window + 1);
   return {first / kSplitTokens, (tile.position + tile.rows - 1) / kSplitTokens + 1};
 }
 
-void AttentionStage::prepare(const Step& step) {
-  const KvView& kv = step.kv.view(layer_);
-  units_ = static_cast<int>(step.batch.tiles().size()) * kv.kv_heads;
-  max_splits_ = 1;
-  tile_rows_ = 0;
-  next_.store(0, std::memory_order_relaxed);
-  if (step.pool.size() == 1 || units_ >= 2 * step.pool.size() || step.batch.last_position() < kSplitTokens) return;
-  int splits = 1;
-  for (const Batch::Tile& tile : step.batch.tiles()) {
-    const Splits range = splits_of(step, tile);
-    splits = std::max(splits, range.end - range.begin);
-    tile_rows_ = std::max(tile_rows_, tile.rows);
-  }
-  const size_t floats = static_cast<size_t>(units_) * static_cast<size_t>(tile_rows_) * static_cast<size_t>(heads_ / kv.kv_heads) *
-                        static_cast<size_t>(splits) * static_cast<size_t>(kv.head_dim + 2);
-  if (floats <= step.work.partials.size()) max_splits_ = splits;
+// What a tile costs for one kv head: every row passes over the blocks once they are in cache.
+long AttentionStage::cost_of(const Step& step, const Batch::Tile& tile) const {
+  const int window = step.kv.window_of(layer_);
+  const int first = window == 0 ? 0 : std::max(0, tile.position - window + 1);
+  return static_cast<long>((tile.position + tile.rows - 1) / kBlockTokens - first / kBlockTokens + 1) * (tile.rows + 1);
 }
 
-AttentionArgs AttentionStage::arguments(const Step& step, const Batch::Tile& tile, int kv_head, int thread) const {
+void AttentionStage::prepare(const Step& step) {
+  const auto tiles = step.batch.tiles();
+  total_ = 0;
+  for (const Batch::Tile& tile : tiles) total_ += cost_of(step, tile) * step.kv.view(layer_).kv_heads;
+  parts_ = step.pool.size() == 1 ? 1 : kItemsPerThread * step.pool.size();
+  partials_used_ = 0;
+  items_.clear();
+  merges_.clear();
+  next_.store(0, std::memory_order_relaxed);
+  // Late tiles see most tokens: first, so that the short ones even out the end.
+  for (int tile = static_cast<int>(tiles.size()) - 1; tile >= 0; --tile) cut(step, tile);
+}
+
+// Heads stay together for a single row, which then reads memory in order; several rows use what they read more than once,
+// and do so in cache head by head.
+void AttentionStage::cut(const Step& step, int index) {
+  const KvView& kv = step.kv.view(layer_);
+  const Batch::Tile& tile = step.batch.tiles()[static_cast<size_t>(index)];
+  const Range splits = splits_of(step, tile);
+  const long cost = cost_of(step, tile) * kv.kv_heads;
+  const size_t entry = static_cast<size_t>(kv.head_dim) + 2;
+  int splits_each = splits.size();
+  float* partial = nullptr;
+  if (!small(cost, kv.kv_heads) && splits.size() > 1) {
+    partial = take_partials(step, static_cast<size_t>(tile.rows * heads_) * static_cast<size_t>(splits.size()) * entry);
+    if (partial != nullptr) {
+      merges_.push_back({index, splits.size(), partial});
+      splits_each = 1;
+    }
+  }
+  const int heads_each = tile.rows == 1 && small(cost, splits.size() / splits_each) ? kv.kv_heads : 1;
+  for (int split = splits.begin; split < splits.end; split += splits_each)
+    for (int head = 0; head < kv.kv_heads; head += heads_each) {
+      Item item{index, {head, head + heads_each}, {split, split + splits_each}, nullptr};
+      const size_t first = static_cast<size_t>(head * (heads_ / kv.kv_heads) * splits.size() + (split - splits.begin));
+      if (partial != nullptr) item.partial = partial + first * entry;
+      items_.push_back(item);
+    }
+}
+
+// Null when there is not enough left.
+float* AttentionStage::take_partials(const Step& step, size_t floats) {
+  if (floats > step.work.partials.size() - partials_used_) return nullptr;
+  partials_used_ += floats;
+  return step.work.partials.data() + partials_used_ - floats;
+}
+
+void AttentionStage::run(const Step& step, int thread) {
+  for (size_t i = next_.fetch_add(1, std::memory_order_relaxed); i < items_.size(); i = next_.fetch_add(1, std::memory_order_relaxed))
+    run_item(step, items_[i], thread);
+  if (merges_.empty()) return;
+  step.pool.barrier();
+  merge(step, thread);
+}
+
+void AttentionStage::run_item(const Step& step, const Item& item, int thread) const {
   FloatRows& q = step.work.values(q_);
   FloatRows& out = step.work.values(out_);
-  const Splits splits = splits_of(step, tile);
+  const Batch::Tile& tile = step.batch.tiles()[static_cast<size_t>(item.tile)];
   AttentionArgs args;
   args.kv = step.kv.view(layer_);
   args.block_table = step.batch.block_table(step.kv.group_of(layer_), tile.entry);
   args.position = tile.position;
   args.rows = tile.rows;
-  args.kv_head = kv_head;
+  args.kv_head_begin = item.heads.begin;
+  args.kv_head_end = item.heads.end;
   args.group = heads_ / args.kv.kv_heads;
   args.scale = scale_;
   args.window = step.kv.window_of(layer_);
@@ -64,63 +120,33 @@ AttentionArgs AttentionStage::arguments(const Step& step, const Batch::Tile& til
   args.q_stride = q.stride;
   args.out = out.row(tile.begin);
   args.out_stride = out.stride;
-  args.split_begin = splits.begin;
-  args.split_end = splits.end;
-  args.scratch = step.work.attention_scratch[static_cast<size_t>(thread)].data();
-  return args;
-}
-
-void AttentionStage::run(const Step& step, int thread) {
-  const int kv_heads = step.kv.view(layer_).kv_heads;
-  const auto tiles = step.batch.tiles();
-  if (max_splits_ == 1) {
-    for (int unit = next_.fetch_add(1, std::memory_order_relaxed); unit < units_; unit = next_.fetch_add(1, std::memory_order_relaxed)) {
-      // Late tiles see most tokens: first, so that the short ones even out the
-      // end.
-      const Batch::Tile& tile = tiles[tiles.size() - 1 - static_cast<size_t>(unit / kv_heads)];
-      step.kernels.attention(arguments(step, tile, unit % kv_heads, thread));
-    }
-    return;
+  args.split_begin = item.splits.begin;
+  args.split_end = item.splits.end;
+  args.partial = item.partial;
+  if (item.partial != nullptr) {
+    args.partial_splits = splits_of(step, tile).size();
+    args.partial_row = static_cast<size_t>(heads_ * args.partial_splits) * static_cast<size_t>(args.kv.head_dim + 2);
   }
-  const int work = units_ * max_splits_;
-  for (int item = next_.fetch_add(1, std::memory_order_relaxed); item < work; item = next_.fetch_add(1, std::memory_order_relaxed))
-    run_split(step, item / max_splits_, item % max_splits_, thread);
-  step.pool.barrier();
-  for (int unit = thread; unit < units_; unit += step.pool.size()) merge(step, unit);
-}
-
-// Partials of a unit: [rows][group][its splits][head_dim + 2]
-float* AttentionStage::partials_of(const Step& step, int unit) const {
-  const KvView& kv = step.kv.view(layer_);
-  const size_t unit_floats = static_cast<size_t>(tile_rows_) * static_cast<size_t>(heads_ / kv.kv_heads) *
-                             static_cast<size_t>(max_splits_) * static_cast<size_t>(kv.head_dim + 2);
-  return step.work.partials.data() + static_cast<size_t>(unit) * unit_floats;
-}
-
-void AttentionStage::run_split(const Step& step, int unit, int split, int thread) const {
-  const int kv_heads = step.kv.view(layer_).kv_heads;
-  const Batch::Tile& tile = step.batch.tiles()[static_cast<size_t>(unit / kv_heads)];
-  AttentionArgs args = arguments(step, tile, unit % kv_heads, thread);
-  const int splits = args.split_end - args.split_begin;
-  if (split >= splits) return;
-  args.split_begin += split;
-  args.split_end = args.split_begin + 1;
-  args.partial = step.work.split_scratch[static_cast<size_t>(thread)].data();
+  args.scratch = step.work.attention_scratch[static_cast<size_t>(thread)].data();
   step.kernels.attention(args);
-  const size_t floats = static_cast<size_t>(args.kv.head_dim) + 2;
-  float* target = partials_of(step, unit) + static_cast<size_t>(split) * floats;
-  for (int i = 0; i < args.rows * args.group; ++i)
-    std::copy_n(args.partial + static_cast<size_t>(i) * floats, floats, target + static_cast<size_t>(i * splits) * floats);
 }
 
-void AttentionStage::merge(const Step& step, int unit) const {
+void AttentionStage::merge(const Step& step, int thread) const {
   const KvView& kv = step.kv.view(layer_);
-  const Batch::Tile& tile = step.batch.tiles()[static_cast<size_t>(unit / kv.kv_heads)];
-  const Splits splits = splits_of(step, tile);
-  const int group = heads_ / kv.kv_heads;
   FloatRows& out = step.work.values(out_);
-  float* first = out.row(tile.begin) + static_cast<size_t>(unit % kv.kv_heads * group * kv.head_dim);
-  step.kernels.attention_merge(partials_of(step, unit), tile.rows, group, splits.end - splits.begin, kv.head_dim, first, out.stride);
+  const int group = heads_ / kv.kv_heads;
+  int turn = 0;
+  for (const Merge& merge : merges_) {
+    const Batch::Tile& tile = step.batch.tiles()[static_cast<size_t>(merge.tile)];
+    for (int unit = 0; unit < tile.rows * kv.kv_heads; ++unit) {
+      if (turn++ % step.pool.size() != thread) continue;
+      const int row = unit / kv.kv_heads, head = unit % kv.kv_heads * group;
+      const float* partial =
+          merge.partial + static_cast<size_t>((row * heads_ + head) * merge.splits) * static_cast<size_t>(kv.head_dim + 2);
+      step.kernels.attention_merge(partial, 1, group, merge.splits, kv.head_dim, out.row(tile.begin + row) + head * kv.head_dim,
+                                   out.stride);
+    }
+  }
 }
 
 }  // namespace setpoint

@@ -1,6 +1,6 @@
-// Attention of one layer. Units of work are (tile of query rows, kv head),
-// taken from a counter; when those are too few for the threads and the context
-// is long, also 512-token splits, merged afterwards: the same bits either way.
+// Attention of one layer, shared out in items: a tile of query rows, some kv heads, some 512-token splits of the context.
+// Threads take items from a counter. Tiles that are more than their share of the step's work are cut by heads, then by
+// splits, whose partial results are merged afterwards: the same bits either way.
 #pragma once
 #include <atomic>
 
@@ -16,28 +16,48 @@ class AttentionStage : public Stage {
   void prepare(const Step& step) override;
   void run(const Step& step, int thread) override;
 
-  // Floats a program must reserve in Workspace::partials for this stage, and
-  // per thread in split_scratch.
+  // Makes room for the items of any step, which then allocates nothing.
+  void reserve(const KvView& kv, const Limits& limits, int threads);
+
+  // Floats a program must reserve for this stage in Workspace::partials, and per thread in attention_scratch.
   static size_t partial_floats(const KvView& kv, int heads, int max_model_len, int threads);
-  static size_t split_floats(const KvView& kv, int heads);
+  static size_t scratch_floats(const KvView& kv, int heads);
 
  private:
-  struct Splits {
+  struct Range {
     int begin = 0, end = 0;
+    int size() const { return end - begin; }
   };
-  Splits splits_of(const Step& step, const Batch::Tile& tile) const;
-  AttentionArgs arguments(const Step& step, const Batch::Tile& tile, int kv_head, int thread) const;
-  float* partials_of(const Step& step, int unit) const;
-  void run_split(const Step& step, int unit, int split, int thread) const;
-  void merge(const Step& step, int unit) const;
+  struct Item {
+    int tile = 0;
+    Range heads;   // kv heads
+    Range splits;  // absolute
+    float* partial = nullptr;
+  };
+  struct Merge {  // of one tile
+    int tile = 0;
+    int splits = 0;
+    const float* partial = nullptr;  // [rows][heads_][splits][head_dim + 2]
+  };
+
+  Range splits_of(const Step& step, const Batch::Tile& tile) const;
+  long cost_of(const Step& step, const Batch::Tile& tile) const;
+  // Whether `cost` in `pieces` is no more than a part of the step each.
+  bool small(long cost, long pieces) const { return cost * parts_ <= total_ * pieces; }
+  void cut(const Step& step, int index);
+  float* take_partials(const Step& step, size_t floats);
+  void run_item(const Step& step, const Item& item, int thread) const;
+  void merge(const Step& step, int thread) const;
 
   int layer_, heads_;
   float scale_;
   int q_, out_;
-  int units_ = 0;       // tiles x kv heads
-  int max_splits_ = 1;  // 1 = every unit walks its splits itself
-  int tile_rows_ = 0;   // of the largest tile, when splits are shared out
-  alignas(64) std::atomic<int> next_{0};
+  long total_ = 0;  // cost of the step, all kv heads
+  int parts_ = 1;
+  size_t partials_used_ = 0;
+  std::vector<Item> items_;
+  std::vector<Merge> merges_;
+  alignas(64) std::atomic<size_t> next_{0};
 };
 
 }  // namespace setpoint

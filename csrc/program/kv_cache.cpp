@@ -2,9 +2,9 @@
 
 #include <stdexcept>
 
-namespace setpoint {
+#include "kernels/attention.h"
 
-size_t kv_element_bytes(KvFormat format) { return format == KvFormat::f32 ? 4 : 2; }
+namespace setpoint {
 
 int KvCache::add_group(int num_blocks, int window) {
   if (num_blocks < 1 || window < 0) throw std::invalid_argument("a KV group needs at least one block and a window >= 0");
@@ -15,12 +15,11 @@ int KvCache::add_group(int num_blocks, int window) {
 int KvCache::add_layer(int group, int kv_heads, int head_dim) {
   if (group < 0 || static_cast<size_t>(group) >= groups_.size()) throw std::invalid_argument("no such KV group");
   if (kv_heads < 1 || head_dim < 1 || kv_heads > 65536 || head_dim > 65536) throw std::invalid_argument("bad KV layer shape");
-  const size_t elements = static_cast<size_t>(groups_[static_cast<size_t>(group)].num_blocks) * static_cast<size_t>(kv_heads) *
-                          static_cast<size_t>(head_dim) * kPageTokens;
+  const size_t pages = static_cast<size_t>(groups_[static_cast<size_t>(group)].num_blocks) * static_cast<size_t>(kv_heads);
   Layer layer;
   layer.group = group;
-  layer.k = MappedArray<uint8_t>(elements * kv_element_bytes(format_));
-  layer.v = MappedArray<uint8_t>(elements * kv_element_bytes(format_));
+  layer.k = MappedArray<uint8_t>(pages * kv_page_bytes(format_, head_dim));
+  layer.v = MappedArray<uint8_t>(pages * kv_page_bytes(format_, head_dim));
   layer.view = {format_, kv_heads, head_dim, layer.k.data(), layer.v.data()};
   // The first huge page of each: committing them all takes up to 0.2 s on a virtual machine, better not in the first
   // request. Low block ids are handed out first.

@@ -8,8 +8,6 @@
 
 namespace setpoint {
 
-size_t kv_element_bytes(KvFormat format);
-
 // Layers of a group share block ids. A window of 0 means that every earlier
 // token is visible.
 struct KvGroup {

@@ -151,12 +151,13 @@ void Program::attention(int layer, float scale, int q, int out) {
   const KvView& kv = kv_.view(layer);
   require(width(q) == width(out) && width(q) % (kv.kv_heads * kv.head_dim) == 0, "attention: the slots do not fit the layer");
   const int heads = width(q) / kv.head_dim;
-  stages_.push_back(std::make_unique<AttentionStage>(layer, heads, scale, q, out));
+  auto stage = std::make_unique<AttentionStage>(layer, heads, scale, q, out);
+  stage->reserve(kv, limits_, pool_.size());
+  stages_.push_back(std::move(stage));
   row_stage_ = nullptr;
   matmul_stage_ = nullptr;
   written(out);
-  attention_floats_ = std::max(attention_floats_, attention_scratch_floats(kAttentionTileRows, heads / kv.kv_heads, kv.head_dim));
-  split_floats_ = std::max(split_floats_, AttentionStage::split_floats(kv, heads));
+  attention_floats_ = std::max(attention_floats_, AttentionStage::scratch_floats(kv, heads));
   partial_floats_ = std::max(partial_floats_, AttentionStage::partial_floats(kv, heads, limits_.max_model_len, pool_.size()));
 }
 
@@ -188,10 +189,7 @@ void Program::head(int in, std::vector<float> norm_weight, float eps, const Pack
   auto stage =
       std::make_unique<HeadStage>(in, wanted_, HeadStage::Norm{std::move(norm_weight), eps}, weight, limits_, pool_.size(), kernels_.isa);
   allocate_slots();
-  for (int thread = 0; thread < pool_.size(); ++thread) {
-    work_.attention_scratch.emplace_back(attention_floats_);
-    work_.split_scratch.emplace_back(split_floats_);
-  }
+  for (int thread = 0; thread < pool_.size(); ++thread) work_.attention_scratch.emplace_back(attention_floats_);
   work_.partials = MappedArray<float>(partial_floats_);
   batch_.emplace(limits_, kv_.groups());
   head_ = stage.get();

@@ -104,7 +104,7 @@ class Program {
   SlotSet quantized_;                 // slots that some matmul reads as 8-bit integers
   std::vector<bool> has_quantized_;   // whose 8-bit copy is up to date at this point of the program
   SlotSet private_;                   // slots that threads may want copies of
-  size_t attention_floats_ = 0, split_floats_ = 0, partial_floats_ = 0;
+  size_t attention_floats_ = 0, partial_floats_ = 0;
   std::optional<Batch> batch_;
   std::mutex stepping_;
   bool profiling_ = false;

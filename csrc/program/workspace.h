@@ -60,8 +60,6 @@ struct Workspace {
   std::vector<std::vector<Slot>> private_slots;  // [thread][slot]: kPrivateRows rows, where any stage wants them
   std::vector<RopeTable> ropes;
   std::vector<MappedArray<float>> attention_scratch;  // per thread
-  std::vector<MappedArray<float>> split_scratch;      // per thread: one (tile, kv head, split) of partial
-                                                      // results
   MappedArray<float> partials;                        // of one layer's splits, until they are merged
 };
 

@@ -270,10 +270,10 @@ def test_signed_zeros_do_not_depend_on_the_tile(isa: str, spread: float) -> None
     v = rng.choice(np.float32([-1e-45, -0.0, 0.0, 1e-45]), size=(48, 16))
     native.kernels_kv_store("ref", "f32", s.k_cache, s.v_cache, 1, s.block_table, 0, s.k.reshape(48, 16), v)
     for partial in (False, True):
-        alone = np.concatenate([s.attention(isa, t, 1, partial=partial) for t in range(48)], axis=1 if partial else 0)
+        alone = np.concatenate([s.attention(isa, t, 1, partial=partial) for t in range(48)])
         chunked = [s.attention(isa, t, 16, partial=partial) for t in range(0, 48, 16)]
         ref = [s.attention("ref", t, 16, partial=partial) for t in range(0, 48, 16)]
-        assert_same_bits(np.concatenate(chunked, axis=1 if partial else 0), alone)
+        assert_same_bits(np.concatenate(chunked), alone)
         assert_same_bits(np.array(chunked), np.array(ref))
 
 
@@ -309,11 +309,6 @@ def test_garbage_in_unwritten_slots_never_reaches_an_output(isa: str) -> None:
         assert_same_bits(s.attention(isa, 33, 3), clean)
 
 
-def merged(isa: str, partial: np.ndarray) -> np.ndarray:
-    """partial [kv_heads, rows, group, splits, head_dim + 2] -> [rows, heads * head_dim]"""
-    return np.concatenate([native.kernels_attention_merge(isa, head) for head in partial], axis=1)
-
-
 @pytest.mark.parametrize("isa", ["ref", *FAST])
 @pytest.mark.parametrize("kv_format", FORMATS)
 def test_partial_then_merge_is_the_direct_result(isa: str, kv_format: str) -> None:
@@ -322,20 +317,37 @@ def test_partial_then_merge_is_the_direct_result(isa: str, kv_format: str) -> No
         for window in (0, 300):
             direct = s.attention(isa, position, rows, window=window)
             whole = s.attention(isa, position, rows, window=window, partial=True)
-            assert_same_bits(merged(isa, whole), direct)
+            assert_same_bits(native.kernels_attention_merge(isa, whole), direct)
             last = (position + rows - 1) // SPLIT
             pieces = [
                 s.attention(isa, position, rows, window=window, partial=True, split_begin=i, split_end=i + 1)
                 for i in range(last + 1)
             ]
-            assert_same_bits(merged(isa, np.concatenate(pieces, axis=3)), direct)
-            assert_same_bits(merged("ref", np.concatenate(pieces, axis=3)), direct)
+            assert_same_bits(native.kernels_attention_merge(isa, np.concatenate(pieces, axis=2)), direct)
+            assert_same_bits(native.kernels_attention_merge("ref", np.concatenate(pieces, axis=2)), direct)
             shared = sum(  # one buffer that several threads would fill, a split each
                 s.attention(isa, position, rows, window=window, partial=True, partial_splits=last + 1, split_begin=i,
                             split_end=i + 1)
                 for i in range(last + 1)
             )  # fmt: skip
-            assert_same_bits(merged(isa, shared), direct)
+            assert_same_bits(native.kernels_attention_merge(isa, shared), direct)
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST])
+def test_heads_may_be_shared_out(isa: str) -> None:
+    """A call for some of the heads writes what the call for all of them writes there, and nothing else."""
+    s = make_sequence(700, kv_heads=3, group=3, head_dim=24)
+    for position, rows in ((699, 1), (600, 16)):
+        for window in (0, 100):
+            whole = s.attention(isa, position, rows, window=window)
+            partial = s.attention(isa, position, rows, window=window, partial=True)
+            for begin, end in ((0, 1), (1, 3), (2, 3)):
+                width = slice(begin * 3 * 24, end * 3 * 24)
+                some = s.attention(isa, position, rows, window=window, head_begin=begin, head_end=end)
+                assert_same_bits(some[:, width], whole[:, width])
+                assert not np.delete(some, np.arange(width.start, width.stop), axis=1).any()
+                some = s.attention(isa, position, rows, window=window, head_begin=begin, head_end=end, partial=True)
+                assert_same_bits(some, partial[:, begin * 3 : end * 3])
 
 
 @pytest.mark.parametrize("isa", ["ref", *FAST])

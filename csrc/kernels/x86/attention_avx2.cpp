@@ -15,6 +15,8 @@ constexpr int kMaxScoreVectors = 12, kMaxOutVectors = 12;
 }  // namespace
 }  // namespace setpoint
 
+#include "kernels/x86/attention_walk.h"
+// The walk comes first: it defines what a block is.
 #include "kernels/x86/attention_lanes.h"
 #include "kernels/x86/kv_store_lanes.h"
 

@@ -1,64 +1,35 @@
-// Paged attention over Lanes: the bits of kernels/attention.h, for every ISA.
+// Blocks of float K and V: the scores, probabilities and weighted sums of kernels/attention.h over Lanes.
 //
-// Queries, the (row, head) pairs of a call, are taken in tiles of up to kAttentionTileQueries that share each load of K and V:
-// registers hold scores of R queries x P pages (lanes are the 16 tokens of a page), then o of R queries x C vectors
-// of the head. The loop is split, tile, block: a split's K and V stay in L2 while the tiles pass over it.
-// Including files set the register budgets kMaxScoreVectors, kMaxOutVectors.
+// Registers hold scores of R queries x P pages (lanes are the 16 tokens of a page), then o of R queries x C vectors of the
+// head. Including files set the register budgets kMaxScoreVectors, kMaxOutVectors.
 #pragma once
 
 namespace setpoint {
 namespace {
 
-constexpr int kMostPages = kBlockTokens / kPageTokens;
-constexpr int kMostQueries = kLanes;  // of a tile; one vector holds a float for each
-static_assert(kAttentionTileQueries <= kMostQueries);
-constexpr float kMinusInfinity = -__builtin_inff();
-
-struct Tile {
-  int count;                                  // queries, consecutive (row, head) pairs
-  const float* q[kAttentionTileQueries];      // [head_dim] each
-  TokenRange visible[kAttentionTileQueries];  // begin and end never fall from one query to the next
-  float m[kMostQueries], l[kMostQueries];
-  float* o;  // [count][padded head_dim]
-};
-
-struct Block {       // the pages of one 64-token block that a tile needs
-  int start;         // first token of the block
-  TokenRange range;  // tokens some query of the tile sees, inside the block
-  int first_page, last_page;
-  const uint8_t* k[kMostPages];
-  const uint8_t* v[kMostPages];
-  const uint8_t* next_k[kMostPages];  // of the block after it, to prefetch; always readable addresses
-  const uint8_t* next_v[kMostPages];
-};
-
 constexpr int at_most(int limit, int wanted) { return wanted <= limit ? wanted : at_most(limit, wanted / 2); }
 
 // Pages lie scattered and are short, so the hardware sees no stream: while a block is scored, the next one is fetched,
 // a page of K and of V by cache lines over the steps of d.
-template <KvFormat F>
-SETPOINT_INLINE void prefetch_next(const Block& block, int page, int d) {
-  if constexpr (F == KvFormat::f32) {
-    _mm_prefetch(block.next_k[page] + d * 64, _MM_HINT_T0);
-    _mm_prefetch(block.next_v[page] + d * 64, _MM_HINT_T0);
-  } else {
-    _mm_prefetch((d % 2 == 0 ? block.next_k : block.next_v)[page] + d / 2 * 64, _MM_HINT_T0);
-  }
-}
-
-// scores[r][page * 16 + token] for P pages from `page`: d ascending, one accumulator per (query, token).
+// tile.p[r][page * 16 + token] for P pages from `page`: d ascending, one accumulator per (query, token).
 template <KvFormat F, int R, int P>
-SETPOINT_INLINE void score_pages(const Tile& tile, const Block& block, int page, int head_dim, float* scores) {
+SETPOINT_INLINE void score_pages(const AttentionArgs& a, const Tile& tile, const Block& block, int page) {
   constexpr int N = P * kParts;
   const uint8_t* k[P];
-  for (int i = 0; i < P; ++i) k[i] = block.k[page + i];
+  const uint8_t* ahead[P];
+  for (int i = 0; i < P; ++i) {
+    k[i] = a.kv.k + page_offset(a.kv, block.ids[page + i], tile.kv_head);
+    ahead[i] = a.kv.k + page_offset(a.kv, block.ahead[page + i], tile.kv_head);
+  }
   const float* q[R];
   for (int r = 0; r < R; ++r) q[r] = tile.q[r];
   Lanes dot[R][N];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < N; ++i) dot[r][i] = broadcast(0.f);
-  for (int d = 0; d < head_dim; ++d) {
-    for (int i = 0; i < P; ++i) prefetch_next<F>(block, page + i, d);
+  for (int d = 0; d < a.kv.head_dim; ++d) {
+    constexpr int kPerLine = 4 / kv_element_bytes(F);  // d steps
+    if (kPerLine == 1 || d % 2 == 0)
+      for (int i = 0; i < P; ++i) _mm_prefetch(ahead[i] + d / kPerLine * 64, _MM_HINT_T1);
     Lanes key[N];
     for (int i = 0; i < N; ++i) key[i] = load_kv<F>(k[i / kParts], static_cast<size_t>(d) * kPageTokens + i % kParts * kLanes);
     for (int r = 0; r < R; ++r) {
@@ -67,20 +38,20 @@ SETPOINT_INLINE void score_pages(const Tile& tile, const Block& block, int page,
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < N; ++i) store(scores + r * kBlockTokens + page * kPageTokens + i * kLanes, dot[r][i]);
+    for (int i = 0; i < N; ++i) store(tile.p + r * kBlockTokens + page * kPageTokens + i * kLanes, dot[r][i]);
 }
 
 template <KvFormat F, int R>
-void score_block(const Tile& tile, const Block& block, int head_dim, float* scores) {
+void score_rows(const AttentionArgs& a, const Tile& tile, const Block& block, int page, int end) {
   constexpr int kPages = at_most(kMaxScoreVectors / (R * kParts), kMostPages);
-  for (int page = block.first_page; page < block.last_page;) {
-    const int left = block.last_page - page;
+  while (page < end) {
+    const int left = end - page;
     if (kPages >= 4 && left >= 4)
-      score_pages<F, R, at_most(kPages, 4)>(tile, block, page, head_dim, scores), page += 4;
+      score_pages<F, R, at_most(kPages, 4)>(a, tile, block, page), page += 4;
     else if (kPages >= 2 && left >= 2)
-      score_pages<F, R, at_most(kPages, 2)>(tile, block, page, head_dim, scores), page += 2;
+      score_pages<F, R, at_most(kPages, 2)>(a, tile, block, page), page += 2;
     else
-      score_pages<F, R, 1>(tile, block, page, head_dim, scores), page += 1;
+      score_pages<F, R, 1>(a, tile, block, page), page += 1;
   }
 }
 
@@ -119,29 +90,34 @@ SETPOINT_INLINE void softmax_row(Tile& tile, int r, int start, float scale, floa
 }
 
 // All queries of the tile: scores to probabilities, m and l updated, c the factor of o.
-template <int R>
-SETPOINT_INLINE void softmax_block(Tile& tile, int start, float scale, float* p, float* c) {
-  alignas(64) float sum[kMostQueries] = {}, exponent[kMostQueries] = {};
-  for (int r = 0; r < R; ++r) softmax_row(tile, r, start, scale, p + r * kBlockTokens, sum[r], exponent[r]);
+void soften(const AttentionArgs& a, Tile& tile, const Block& block) {
+  alignas(64) float sum[kLanes] = {}, exponent[kLanes] = {};
+  for (int r = 0; r < tile.count; ++r) softmax_row(tile, r, block.start, a.scale, tile.p + r * kBlockTokens, sum[r], exponent[r]);
   const Lanes factor = exp_lanes(load(exponent));
-  store(c, factor);
+  store_first(tile.c, tile.count, factor);
   store(tile.l, fma(load(tile.l), factor, load(sum)));
 }
 
-// o[r][d] = o[r][d] * c[r], then fma(p[r][t], v[t][d], o[r][d]) with t ascending, for C vectors from `d`.
-// Tail: the last vector of a head whose size is no multiple of kLanes.
+// o[r][d] = o[r][d] * c[r] before the block's first page, then fma(p[r][t], v[t][d], o[r][d]) with t ascending, for C vectors
+// from `d`. Tail: the last vector of a head whose size is no multiple of kLanes.
 template <KvFormat F, int R, int C, bool Tail>
-SETPOINT_INLINE void weigh_columns(const Tile& tile, const Block& block, int d, int head_dim, const float* c, const float* p) {
-  const int padded = padded_head_dim(head_dim);
+SETPOINT_INLINE void weigh_columns(const AttentionArgs& a, const Tile& tile, const Block& block, int d, int page, int end) {
+  const int head_dim = a.kv.head_dim, padded = padded_head_dim(head_dim);
   Lanes out[R][C];
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < C; ++i) out[r][i] = mul(load(tile.o + r * padded + d + i * kLanes), broadcast(c[r]));
-  for (int page = block.first_page; page < block.last_page; ++page) {
+    for (int i = 0; i < C; ++i) out[r][i] = load(tile.o + r * padded + d + i * kLanes);
+  if (page == block.first_page)
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < C; ++i) out[r][i] = mul(out[r][i], broadcast(tile.c[r]));
+  for (; page < end; ++page) {
     const int page_start = block.start + page * kPageTokens;
     const TokenRange tokens = block.range.within(page_start, page_start + kPageTokens);
-    const float* weights = p + page * kPageTokens;
-    const uint8_t* v = block.v[page];
+    const float* weights = tile.p + page * kPageTokens;
+    const uint8_t* v = a.kv.v + page_offset(a.kv, block.ids[page], tile.kv_head);
+    const uint8_t* ahead = a.kv.v + page_offset(a.kv, block.ahead[page], tile.kv_head);
     for (int t = tokens.begin - page_start; t < tokens.end - page_start; ++t) {
+      for (size_t byte = 0; byte < C * kLanes * kv_element_bytes(F); byte += 64)
+        _mm_prefetch(ahead + (static_cast<size_t>(t) * head_dim + d) * kv_element_bytes(F) + byte, _MM_HINT_T1);
       Lanes value[C];
       for (int i = 0; i < C; ++i) {
         const size_t element = static_cast<size_t>(t) * head_dim + d + i * kLanes;
@@ -158,182 +134,41 @@ SETPOINT_INLINE void weigh_columns(const Tile& tile, const Block& block, int d, 
 }
 
 template <KvFormat F, int R>
-void weigh_block(const Tile& tile, const Block& block, int head_dim, const float* c, const float* p) {
+void weigh_rows(const AttentionArgs& a, const Tile& tile, const Block& block, int page, int end) {
   constexpr int kColumns = at_most(kMaxOutVectors / R, 4);
-  int d = 0;
-  for (; d + kColumns * kLanes <= head_dim; d += kColumns * kLanes) weigh_columns<F, R, kColumns, false>(tile, block, d, head_dim, c, p);
-  for (; d + kLanes <= head_dim; d += kLanes) weigh_columns<F, R, 1, false>(tile, block, d, head_dim, c, p);
-  if (d < head_dim) weigh_columns<F, R, 1, true>(tile, block, d, head_dim, c, p);
-}
-
-template <KvFormat F, int R>
-void add_block(const AttentionArgs& a, Tile& tile, const Block& block) {
-  alignas(64) float p[R * kBlockTokens];
-  alignas(64) float c[kMostQueries];
-  score_block<F, R>(tile, block, a.kv.head_dim, p);
-  softmax_block<R>(tile, block.start, a.scale, p, c);
-  weigh_block<F, R>(tile, block, a.kv.head_dim, c, p);
-}
-
-template <KvFormat F>
-void add_block(const AttentionArgs& a, Tile& tile, const Block& block) {
-  static_assert(kAttentionTileQueries == 6);
-  switch (tile.count) {
-    case 1:
-      return add_block<F, 1>(a, tile, block);
-    case 2:
-      return add_block<F, 2>(a, tile, block);
-    case 3:
-      return add_block<F, 3>(a, tile, block);
-    case 4:
-      return add_block<F, 4>(a, tile, block);
-    case 5:
-      return add_block<F, 5>(a, tile, block);
-    default:
-      return add_block<F, 6>(a, tile, block);
-  }
-}
-
-SETPOINT_INLINE void find_pages(const AttentionArgs& a, TokenRange range, int start, const uint8_t** k, const uint8_t** v) {
-  for (int token = range.begin - range.begin % kPageTokens; token < range.end; token += kPageTokens) {
-    const size_t byte = page_element(a.kv, a.block_table, a.kv_head, token) * kv_element_bytes(a.kv.format);
-    k[(token - start) / kPageTokens] = a.kv.k + byte;
-    v[(token - start) / kPageTokens] = a.kv.v + byte;
-  }
-}
-
-// The pages of the tile's block at `start`, and of the one after it.
-SETPOINT_INLINE void find_block(const AttentionArgs& a, TokenRange seen, int start, Block& block) {
-  block.start = start;
-  block.range = seen.within(start, start + kBlockTokens);
-  block.first_page = (block.range.begin - start) / kPageTokens;
-  block.last_page = (block.range.end - start + kPageTokens - 1) / kPageTokens;
-  find_pages(a, block.range, start, block.k, block.v);
-  for (int page = block.first_page; page < block.last_page; ++page) block.next_k[page] = block.k[page], block.next_v[page] = block.v[page];
-  const int after = start + kBlockTokens;
-  find_pages(a, seen.within(after, after + kBlockTokens), after, block.next_k, block.next_v);
-}
-
-template <KvFormat F>
-void run_split(const AttentionArgs& a, Tile& tile, int split) {
-  const int padded = padded_head_dim(a.kv.head_dim);
-  for (int r = 0; r < kMostQueries; ++r) tile.m[r] = kMinusInfinity, tile.l[r] = 0.f;
-  for (int i = 0; i < tile.count * padded; i += kLanes) store(tile.o + i, broadcast(0.f));
-  const TokenRange seen{tile.visible[0].begin, tile.visible[tile.count - 1].end};
-  const TokenRange tokens = seen.within(split * kSplitTokens, (split + 1) * kSplitTokens);
-  Block block;
-  for (int start = tokens.begin - tokens.begin % kBlockTokens; start < tokens.end; start += kBlockTokens) {
-    find_block(a, seen, start, block);
-    add_block<F>(a, tile, block);
-  }
-  for (int i = 0; i < tile.count * padded; i += kLanes) store(tile.o + i, add(load(tile.o + i), broadcast(0.f)));
-}
-
-// The running total of one query: M, L and O[head_dim] of the splits so far.
-struct Total {
-  float m, l;
-};
-
-SETPOINT_INLINE void add_split(Total& total, float* total_o, float m, float l, const float* o, int head_dim) {
-  if (l == 0.f) return;  // saw no token
-  const float m_new = m > total.m ? m : total.m;
-  const float before = exp_scalar(total.m - m_new), factor = exp_scalar(m - m_new);
-  total.m = m_new;
-  total.l = __builtin_fmaf(total.l, before, l * factor);
-  int d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes)
-    store(total_o + d, fma(load(total_o + d), broadcast(before), mul(load(o + d), broadcast(factor))));
-  if (const int rest = head_dim - d; rest > 0)
-    store_first(total_o + d, rest, fma(load_first(total_o + d, rest), broadcast(before), mul(load_first(o + d, rest), broadcast(factor))));
-}
-
-SETPOINT_INLINE void write_result(const Total& total, const float* o, int head_dim, float* out) {
-  const Lanes l = broadcast(total.l == 0.f ? 1.f : total.l);  // no token seen: 0 / 1
-  int d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) store(out + d, div(load(o + d), l));
-  if (d < head_dim) store_first(out + d, head_dim - d, div(load_first(o + d, head_dim - d), l));
-}
-
-SETPOINT_INLINE void clear(float* o, int n) {
-  int d = 0;
-  for (; d + kLanes <= n; d += kLanes) store(o + d, broadcast(0.f));
-  if (d < n) store_first(o + d, n - d, broadcast(0.f));
-}
-
-// Query j of a call is row j / group, head j % group.
-SETPOINT_INLINE size_t head_offset(const AttentionArgs& a, int j) {
-  return (static_cast<size_t>(a.kv_head) * a.group + j % a.group) * a.kv.head_dim;
-}
-
-SETPOINT_INLINE void fill_tile(const AttentionArgs& a, int first, int count, Tile& tile) {
-  tile.count = count;
-  for (int r = 0; r < count; ++r) {
-    const int row = (first + r) / a.group;
-    tile.q[r] = a.q + row * a.q_stride + head_offset(a, first + r);
-    tile.visible[r] = TokenRange::visible(a.position + row, a.window);
-  }
-}
-
-SETPOINT_INLINE void write_partial(const AttentionArgs& a, int j, int split, const Tile& tile, int r) {
   const int head_dim = a.kv.head_dim;
-  float* entry = a.partial + j * partial_stride_of(a) + static_cast<size_t>(split - a.split_begin) * (head_dim + 2);
-  entry[0] = tile.m[r];
-  entry[1] = tile.l[r];
-  const float* o = tile.o + r * padded_head_dim(head_dim);
-  for (int d = 0; d < head_dim; ++d) entry[2 + d] = o[d];
+  int d = 0;
+  for (; d + kColumns * kLanes <= head_dim; d += kColumns * kLanes) weigh_columns<F, R, kColumns, false>(a, tile, block, d, page, end);
+  for (; d + kLanes <= head_dim; d += kLanes) weigh_columns<F, R, 1, false>(a, tile, block, d, page, end);
+  if (d < head_dim) weigh_columns<F, R, 1, true>(a, tile, block, d, page, end);
 }
 
-// Scratch: o of the tile's split [kAttentionTileQueries][padded], then totals [queries][padded] and [queries] x (M, L).
+// Calls f<R>() with R = count.
+#define SETPOINT_WITH_ROWS(count, f, ...)    \
+  static_assert(kAttentionTileQueries == 6); \
+  switch (count) {                           \
+    case 1:                                  \
+      return f<F, 1>(__VA_ARGS__);           \
+    case 2:                                  \
+      return f<F, 2>(__VA_ARGS__);           \
+    case 3:                                  \
+      return f<F, 3>(__VA_ARGS__);           \
+    case 4:                                  \
+      return f<F, 4>(__VA_ARGS__);           \
+    case 5:                                  \
+      return f<F, 5>(__VA_ARGS__);           \
+    default:                                 \
+      return f<F, 6>(__VA_ARGS__);           \
+  }
+
 template <KvFormat F>
-void attention_of(const AttentionArgs& a) {
-  const int head_dim = a.kv.head_dim, padded = padded_head_dim(head_dim), queries = a.rows * a.group;
-  const int tiles = (queries + kAttentionTileQueries - 1) / kAttentionTileQueries, tile_queries = (queries + tiles - 1) / tiles;
-  float* total_o = a.scratch + kAttentionTileQueries * padded;
-  Total* totals = reinterpret_cast<Total*>(total_o + static_cast<size_t>(queries) * padded);
-  Tile tile;
-  tile.o = a.scratch;
-  if (a.partial == nullptr) {
-    clear(total_o, queries * padded);
-    for (int j = 0; j < queries; ++j) totals[j] = {kMinusInfinity, 0.f};
-  }
-  for (int split = a.split_begin; split < a.split_end; ++split)
-    for (int first = 0; first < queries; first += tile_queries) {
-      fill_tile(a, first, queries - first < tile_queries ? queries - first : tile_queries, tile);
-      run_split<F>(a, tile, split);
-      for (int r = 0; r < tile.count; ++r) {
-        if (a.partial != nullptr)
-          write_partial(a, first + r, split, tile, r);
-        else
-          add_split(totals[first + r], total_o + static_cast<size_t>(first + r) * padded, tile.m[r], tile.l[r], tile.o + r * padded,
-                    head_dim);
-      }
-    }
-  if (a.partial != nullptr) return;
-  for (int j = 0; j < queries; ++j)
-    write_result(totals[j], total_o + static_cast<size_t>(j) * padded, head_dim, a.out + j / a.group * a.out_stride + head_offset(a, j));
+void score(const AttentionArgs& a, const Tile& tile, const Block& block, int begin, int end) {
+  SETPOINT_WITH_ROWS(tile.count, score_rows, a, tile, block, begin, end)
 }
 
-void attention(const AttentionArgs& a) {
-  if (a.kv.head_dim % 8 != 0) return ref_attention(a);  // no model has such heads; vectors of V would need more masks
-  switch (a.kv.format) {
-    case KvFormat::f32:
-      return attention_of<KvFormat::f32>(a);
-    case KvFormat::f16:
-      return attention_of<KvFormat::f16>(a);
-    case KvFormat::bf16:
-      return attention_of<KvFormat::bf16>(a);
-  }
-}
-
-void attention_merge(const float* partial, int rows, int group, int splits, int head_dim, float* out, size_t out_stride) {
-  for (int row = 0; row < rows; ++row)
-    for (int g = 0; g < group; ++g) {
-      float* result = out + row * out_stride + static_cast<size_t>(g) * head_dim;
-      Total total{kMinusInfinity, 0.f};
-      clear(result, head_dim);
-      for (int s = 0; s < splits; ++s, partial += head_dim + 2) add_split(total, result, partial[0], partial[1], partial + 2, head_dim);
-      write_result(total, result, head_dim, result);
-    }
+template <KvFormat F>
+void weigh(const AttentionArgs& a, const Tile& tile, const Block& block, int begin, int end) {
+  SETPOINT_WITH_ROWS(tile.count, weigh_rows, a, tile, block, begin, end)
 }
 
 }  // namespace

@@ -25,9 +25,10 @@ void kv_store_of(const KvStoreArgs& a) {
   for (int row = 0; row < a.rows; ++row)
     for (int head = 0; head < a.kv.kv_heads; ++head) {
       const size_t offset = static_cast<size_t>(head) * head_dim;
-      const size_t page = page_element(a.kv, a.block_table, head, a.position + row) * kv_element_bytes(F);
-      store_row<F>(a.k + row * a.k_stride + offset, a.v + row * a.v_stride + offset, head_dim, (a.position + row) % kPageTokens,
-                   a.kv.k + page, a.kv.v + page);
+      const int token = a.position + row;
+      const size_t page = page_offset(a.kv, a.block_table[token / kPageTokens], head);
+      store_row<F>(a.k + row * a.k_stride + offset, a.v + row * a.v_stride + offset, head_dim, token % kPageTokens, a.kv.k + page,
+                   a.kv.v + page);
     }
 }
 
