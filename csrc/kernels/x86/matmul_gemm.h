@@ -33,9 +33,12 @@ struct GemmTile {
   bool first, last;  // chunk of K: start from zero; finish into `out`
   float* out;
   size_t out_stride;
-  const float* bias;    // null: none
-  bool accumulate;      // add to what out holds
-  uint16_t last_lanes;  // channels of the last panel that exist
+  const float* bias;     // null: none
+  bool accumulate;       // add to what out holds
+  uint16_t last_lanes;   // channels of the last panel that exist
+  const uint8_t* ahead;  // what to prefetch: `ahead_lines` a group, of each of kGemmPanels panels
+  size_t ahead_stride;   // from panel to panel
+  int ahead_lines;
 };
 
 struct GemmScratch {
@@ -52,11 +55,36 @@ int gemm_chunk(int total) {
   return (total + chunks - 1) / chunks;
 }
 
+// The packed bytes of the chunk that is unpacked next, fetched into L2 while the tiles of this one compute: they come
+// from memory, and the short runs of a chunk end before the hardware's prefetcher has caught on.
+struct GemmAhead {
+  const uint8_t* at;
+  size_t lines;  // of each panel, still to fetch
+  int per_group;
+
+  template <class Format>
+  static GemmAhead of(const PackedWeight& w, int panel, int step, int steps, int groups) {
+    const int begin = step / Format::kSteps, end = (step + steps + Format::kSteps - 1) / Format::kSteps;
+    const uint8_t* at = w.data + size_t(panel) * panel_bytes(w) + size_t(begin) * Format::kRecordBytes;
+    const size_t lines = panel < w.panels() ? size_t(end - begin) * Format::kRecordBytes / kLineBytes : 0;
+    return {at, lines, int((lines + size_t(groups) - 1) / size_t(groups))};
+  }
+
+  void feed(GemmTile& tile) {
+    tile.ahead = at;
+    tile.ahead_lines = lines > 0 ? per_group : 0;
+    const size_t fed = size_t(tile.ahead_lines * tile.groups);
+    at += fed * kLineBytes;
+    lines = lines > fed ? lines - fed : 0;
+  }
+};
+
 // Ops::tile_rows(panels): the most rows of a tile. Ops::run(tile, rows, panels).
 template <class Ops>
-void walk_gemm_rows(GemmTile tile, int rows, int panels) {
+void walk_gemm_rows(GemmTile tile, GemmAhead ahead, int rows, int panels) {
   const int step = Ops::tile_rows(panels);
   for (int r = 0; r < rows; r += step) {
+    ahead.feed(tile);
     Ops::run(tile, smaller(step, rows - r), panels);
     tile.x += size_t(step) * tile.x_stride;
     tile.rows += step;
@@ -77,6 +105,7 @@ void walk_gemm_block(const MatmulArgs& m, GemmScratch& scratch, int row, int row
   tile.rows = scratch.rows;
   tile.out_stride = m.out_stride;
   tile.accumulate = m.accumulate;
+  tile.ahead_stride = panel_bytes(w);
   for (int step = 0; step < total; step += chunk) {
     const int steps = smaller(chunk, total - step);
     tile.groups = steps * Format::kStepGroups;
@@ -95,7 +124,12 @@ void walk_gemm_block(const MatmulArgs& m, GemmScratch& scratch, int row, int row
       tile.out = m.out + size_t(row) * m.out_stride + panel * kLanes;
       tile.bias = m.bias == nullptr ? nullptr : m.bias + panel * kLanes;
       tile.last_lanes = uint16_t(0xffff >> (missing > 0 ? missing : 0));
-      walk_gemm_rows<Ops>(tile, rows, panels);
+      const bool ends = panel + panels >= panel_end;  // then the next chunk of K follows, or the next block of panels
+      const int next_panel = ends && !tile.last ? panel_begin : panel + panels;
+      const int next_step = !ends ? step : tile.last ? 0 : step + steps;
+      const int tiles = (rows + Ops::tile_rows(panels) - 1) / Ops::tile_rows(panels);
+      const GemmAhead ahead = GemmAhead::of<Format>(w, next_panel, next_step, smaller(chunk, total - next_step), tiles * tile.groups);
+      walk_gemm_rows<Ops>(tile, ahead, rows, panels);
       panel += panels;
     }
   }

@@ -60,7 +60,13 @@ __attribute__((noinline)) void run_tile(const GemmTile& t) {
   const int8_t* x = t.x;
   const size_t x_stride = t.x_stride;
   const GemmRow* rows = t.rows;
+  const uint8_t* ahead = t.ahead;
+  const size_t ahead_stride = t.ahead_stride;
+  const int ahead_lines = t.ahead_lines;
   for (int g = 0; g < t.groups; ++g) {
+    for (int i = 0; i < ahead_lines; ++i, ahead += kLineBytes)
+#pragma GCC unroll 4
+      for (int p = 0; p < kGemmPanels; ++p) _mm_prefetch(ahead + size_t(p) * ahead_stride, _MM_HINT_T1);
     __m512i acc[Rows][Panels];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
