@@ -2,7 +2,6 @@
 // Vectors run across the 16 channels of a panel; a tile keeps its int32 and float accumulators in registers.
 #include "kernels/x86/codes_avx512.h"
 #include "kernels/x86/few_rows.h"
-#include "kernels/x86/planes.h"
 #include "kernels/x86/variants.h"
 
 #include <immintrin.h>
@@ -87,7 +86,7 @@ struct Vnni {
 
 void matmul_any_rows(const MatmulArgs& m) {
   const int planes = m.fine.codes == nullptr ? 1 : 2;
-  if ((m.row_end - m.row_begin) * planes > kMaxFewRows) return matmul_planes<matmul_gemm_avx512>(m);
+  if ((m.row_end - m.row_begin) * planes > kMaxFewRows) return matmul_gemm_avx512(m);
   matmul_few_rows<Vnni>(m);
 }
 

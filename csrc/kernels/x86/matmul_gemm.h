@@ -81,7 +81,7 @@ struct GemmAhead {
 
 // Ops::tile_rows(panels): the most rows of a tile. Ops::run(tile, rows, panels).
 template <class Ops>
-void walk_gemm_rows(GemmTile tile, GemmAhead ahead, int rows, int panels) {
+void walk_gemm_rows(GemmTile tile, GemmAhead& ahead, int rows, int panels) {
   const int step = Ops::tile_rows(panels);
   for (int r = 0; r < rows; r += step) {
     ahead.feed(tile);
@@ -93,56 +93,78 @@ void walk_gemm_rows(GemmTile tile, GemmAhead ahead, int rows, int panels) {
   }
 }
 
-// Ops::fill_row(weight, steps, sums, a, to). Ops::unpack(panel, panel_bytes, panels, step, steps, to).
+// A block of rows and panels of a call.
+struct GemmBlock {
+  int row, rows, panel_begin, panel_end;
+};
+
+// Ops::fill_row(weight, steps, sums, a, to).
 template <class Ops>
-void walk_gemm_block(const MatmulArgs& m, GemmScratch& scratch, int row, int rows, int panel_begin, int panel_end) {
+void fill_gemm_rows(const PackedWeight& w, const QuantizedRows& q, const GemmBlock& block, int step, int steps, GemmRow* to) {
+  for (int r = 0; r < block.rows; ++r) {
+    const size_t at = size_t(block.row + r) * size_t(w.k / kStepInputs) + size_t(step);
+    Ops::fill_row(w, steps, q.sums + 2 * at, q.scales + at, to[r]);
+  }
+}
+
+// A chunk of K of all panels of the block. Ops::unpack(panel, panel_bytes, panels, step, steps, to).
+template <class Ops>
+void walk_gemm_chunk(const MatmulArgs& m, GemmScratch& scratch, const GemmBlock& block, int step, int chunk) {
   using Format = typename Ops::Format;
   const PackedWeight& w = *m.weight;
-  const int total = w.k / kStepInputs, chunk = gemm_chunk<Format>(total);
+  const int total = w.k / kStepInputs, steps = smaller(chunk, total - step);
+  const int planes = m.fine.codes == nullptr ? 1 : 2, rows = block.rows;
   GemmTile tile{};
   tile.weights = scratch.weights;
+  tile.groups = steps * Format::kStepGroups;
   tile.x_stride = size_t(w.k);
-  tile.rows = scratch.rows;
+  tile.first = step == 0;
+  tile.last = step + steps == total;
   tile.out_stride = m.out_stride;
-  tile.accumulate = m.accumulate;
   tile.ahead_stride = panel_bytes(w);
-  for (int step = 0; step < total; step += chunk) {
-    const int steps = smaller(chunk, total - step);
-    tile.groups = steps * Format::kStepGroups;
-    tile.x = m.q.codes + size_t(row) * tile.x_stride + size_t(step * kStepInputs);
-    tile.first = step == 0;
-    tile.last = step + steps == total;
-    for (int r = 0; r < rows; ++r) {
-      const size_t at = size_t(row + r) * size_t(total) + size_t(step);
-      Ops::fill_row(w, steps, m.q.sums + 2 * at, m.q.scales + at, scratch.rows[r]);
-    }
-    for (int panel = panel_begin; panel < panel_end;) {
-      const int left = panel_end - panel, panels = left == 4 ? 2 : smaller(kGemmPanels, left);
-      const int missing = (panel + panels) * kLanes - w.n;
-      Ops::unpack(w.data + size_t(panel) * panel_bytes(w), panel_bytes(w), panels, step, steps, scratch.weights);
-      tile.y = scratch.y + size_t(panel - panel_begin) * size_t(rows) * kLanes;
-      tile.out = m.out + size_t(row) * m.out_stride + panel * kLanes;
-      tile.bias = m.bias == nullptr ? nullptr : m.bias + panel * kLanes;
-      tile.last_lanes = uint16_t(0xffff >> (missing > 0 ? missing : 0));
-      const bool ends = panel + panels >= panel_end;  // then the next chunk of K follows, or the next block of panels
-      const int next_panel = ends && !tile.last ? panel_begin : panel + panels;
-      const int next_step = !ends ? step : tile.last ? 0 : step + steps;
-      const int tiles = (rows + Ops::tile_rows(panels) - 1) / Ops::tile_rows(panels);
-      const GemmAhead ahead = GemmAhead::of<Format>(w, next_panel, next_step, smaller(chunk, total - next_step), tiles * tile.groups);
+  for (int panel = block.panel_begin; panel < block.panel_end;) {
+    const int left = block.panel_end - panel, panels = left == 4 ? 2 : smaller(kGemmPanels, left);
+    const int missing = (panel + panels) * kLanes - w.n;
+    const bool ends = panels == left;  // then the next chunk of K follows, or the next block of panels
+    const int next_panel = ends && !tile.last ? block.panel_begin : panel + panels;
+    const int next_step = !ends ? step : tile.last ? 0 : step + steps;
+    const int tiles = (rows + Ops::tile_rows(panels) - 1) / Ops::tile_rows(panels);
+    GemmAhead ahead = GemmAhead::of<Format>(w, next_panel, next_step, smaller(chunk, total - next_step), planes * tiles * tile.groups);
+
+    Ops::unpack(w.data + size_t(panel) * panel_bytes(w), panel_bytes(w), panels, step, steps, scratch.weights);
+    tile.y = scratch.y + size_t(panel - block.panel_begin) * size_t(planes * rows) * kLanes;
+    tile.out = m.out + size_t(block.row) * m.out_stride + panel * kLanes;
+    tile.last_lanes = uint16_t(0xffff >> (missing > 0 ? missing : 0));
+    for (int plane = 0; plane < planes; ++plane) {  // the fine one is added to what the other has left in out
+      tile.x = (plane == 0 ? m.q : m.fine).codes + size_t(block.row) * tile.x_stride + size_t(step * kStepInputs);
+      tile.rows = scratch.rows + plane * rows;
+      tile.bias = m.bias == nullptr || plane == 1 ? nullptr : m.bias + panel * kLanes;
+      tile.accumulate = m.accumulate || plane == 1;
       walk_gemm_rows<Ops>(tile, ahead, rows, panels);
-      panel += panels;
+      tile.y += size_t(rows * panels) * kLanes;
     }
+    panel += panels;
   }
 }
 
 template <class Ops>
 void walk_gemm(const MatmulArgs& m) {
+  const PackedWeight& w = *m.weight;
+  const int planes = m.fine.codes == nullptr ? 1 : 2, total = w.k / kStepInputs;
+  const int chunk = gemm_chunk<typename Ops::Format>(total);
   GemmScratch scratch;
-  for (int row = m.row_begin; row < m.row_end; row += kGemmRows) {
-    const int rows = smaller(kGemmRows, m.row_end - row);
-    const int width = kGemmSums / (rows * kLanes) / kGemmPanels * kGemmPanels;
-    for (int panel = m.panel_begin; panel < m.panel_end; panel += width)
-      walk_gemm_block<Ops>(m, scratch, row, rows, panel, smaller(panel + width, m.panel_end));
+  for (int row = m.row_begin; row < m.row_end; row += kGemmRows / planes) {
+    const int rows = smaller(kGemmRows / planes, m.row_end - row);
+    const int width = kGemmSums / (planes * rows * kLanes) / kGemmPanels * kGemmPanels;
+    for (int panel = m.panel_begin; panel < m.panel_end; panel += width) {
+      const GemmBlock block{row, rows, panel, smaller(panel + width, m.panel_end)};
+      for (int step = 0; step < total; step += chunk) {
+        const int steps = smaller(chunk, total - step);
+        fill_gemm_rows<Ops>(w, m.q, block, step, steps, scratch.rows);
+        if (planes == 2) fill_gemm_rows<Ops>(w, m.fine, block, step, steps, scratch.rows + rows);
+        walk_gemm_chunk<Ops>(m, scratch, block, step, chunk);
+      }
+    }
   }
 }
 
