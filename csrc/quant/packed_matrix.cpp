@@ -56,23 +56,52 @@ struct Target {  // the writable side of a PackedWeight
 constexpr int kMaxStepWords = 8;
 
 // 32 codes of one channel as its dwords of a step's lines.
-void step_words(Codes kind, const uint8_t* codes, uint32_t* words) {
+template <Codes kind>
+void step_words(const uint8_t* codes, uint32_t* words) {
   uint32_t quads[8];  // 4 codes each
   std::memcpy(quads, codes, sizeof quads);
   constexpr uint32_t kNibble = 0x0f0f0f0f, kPair = 0x03030303, kBit = 0x01010101;
-  if (kind == Codes::u8) std::memcpy(words, quads, sizeof quads);
-  if (kind == Codes::u4 || kind == Codes::u5 || kind == Codes::u6)
+  if constexpr (kind == Codes::u8) std::memcpy(words, quads, sizeof quads);
+  if constexpr (kind == Codes::u4 || kind == Codes::u5 || kind == Codes::u6)
     for (int i = 0; i < 4; ++i) *words++ = (quads[2 * i] & kNibble) | (quads[2 * i + 1] & kNibble) << 4;
-  if (kind == Codes::u2 || kind == Codes::u3 || kind == Codes::u6)
+  if constexpr (kind == Codes::u2 || kind == Codes::u3 || kind == Codes::u6)
     for (int i = 0; i < 2; ++i) {
       uint32_t word = 0;
       for (int j = 0; j < 4; ++j) word |= (quads[4 * i + j] >> (kind == Codes::u6 ? 4 : 0) & kPair) << (2 * j);
       *words++ = word;
     }
-  if (kind == Codes::u3 || kind == Codes::u5) {
+  if constexpr (kind == Codes::u3 || kind == Codes::u5) {
     uint32_t word = 0;
     for (int j = 0; j < 8; ++j) word |= (quads[j] >> (kind == Codes::u5 ? 4 : 2) & kBit) << j;
     *words = word;
+  }
+}
+
+// Codes of whole steps of one channel into the lines of the channel's panel.
+template <Codes kind>
+void write_steps(const uint8_t* codes, int steps, uint8_t* out) {
+  for (int s = 0; s < steps; ++s, codes += kStepInputs) {
+    uint32_t words[kMaxStepWords];
+    step_words<kind>(codes, words);
+    for (int i = 0; i < step_bytes(kind) / kLineBytes; ++i, out += kLineBytes) std::memcpy(out, &words[i], 4);
+  }
+}
+
+using WriteSteps = void (*)(const uint8_t* codes, int steps, uint8_t* out);
+WriteSteps write_steps_of(Codes kind) {
+  switch (kind) {
+    case Codes::u2:
+      return write_steps<Codes::u2>;
+    case Codes::u3:
+      return write_steps<Codes::u3>;
+    case Codes::u4:
+      return write_steps<Codes::u4>;
+    case Codes::u5:
+      return write_steps<Codes::u5>;
+    case Codes::u6:
+      return write_steps<Codes::u6>;
+    default:
+      return write_steps<Codes::u8>;
   }
 }
 
@@ -87,6 +116,7 @@ void pack_quantized_row(const Target& t, const RawRow& row, int panel, int lane)
   const int record_size = record_bytes(w.codes, w.scale_type, w.affine, w.group);
   const uint8_t* raw = row.data;
   uint8_t* const stream = t.data + size_t(panel) * panel_bytes(w);
+  const WriteSteps write = write_steps_of(w.codes);
   UnpackedBlock block;
   for (int step = 0; step < w.k / kStepInputs; step += block_steps, raw += format.block_bytes) {
     format.unpack(raw, block);
@@ -101,12 +131,7 @@ void pack_quantized_row(const Target& t, const RawRow& row, int panel, int lane)
       for (int g = 0; g < groups; ++g, sub += kPanelChannels) *sub = uint8_t(block.sub_scales[g]);
       for (int g = 0; w.affine && g < groups; ++g, sub += kPanelChannels) *sub = uint8_t(block.sub_mins[g]);
     }
-    for (int s = 0; s < block_steps; ++s) {
-      uint32_t words[kMaxStepWords];
-      step_words(w.codes, block.codes + s * kStepInputs, words);
-      uint8_t* out = record + scale_size + (within + s) * step_size + lane * 4;
-      for (int i = 0; i < step_size / kLineBytes; ++i) std::memcpy(out + i * kLineBytes, &words[i], 4);
-    }
+    write(block.codes, block_steps, record + scale_size + within * step_size + lane * 4);
   }
 }
 

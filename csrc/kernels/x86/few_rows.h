@@ -6,9 +6,10 @@
 namespace setpoint {
 namespace {
 
-constexpr int kMaxFewRows = 8;          // of a tile; two planes are two of its rows
-constexpr int kInputBytes = 64 * 1024;  // of activations gathered at a time
-constexpr int kParkedPanels = 32;       // whose running outputs are kept where K takes several chunks
+constexpr int kMaxFewRows = 8;              // of a tile; two planes are two of its rows
+constexpr int kInputBytes = 64 * 1024;      // of activations gathered at a time
+constexpr size_t kBlockBytes = 256 * 1024;  // of weights that several tiles share
+constexpr int kParkedPanels = 32;           // whose running outputs are kept where K takes several chunks
 
 // All that a step needs of the activations, side by side: its 32 codes and its scale for every row, and of every
 // group what enters besides the dot product: -zero_point * sum or, affine, scale * float(sum).
@@ -82,13 +83,21 @@ void dispatch_rows(const MatmulArgs& m, int row, int rows) {
   if constexpr (Rows > 1) dispatch_rows<Ops, Format, Rows - 1>(m, row, rows);
 }
 
+// Tiles of equal size. With several of them, all pass over some panels while these are in L2.
 template <class Ops>
 void matmul_few_rows(const MatmulArgs& m) {
-  const int planes = m.fine.codes == nullptr ? 1 : 2, most = kMaxFewRows / planes;
+  const int planes = m.fine.codes == nullptr ? 1 : 2, most = kMaxFewRows / planes, rows = m.row_end - m.row_begin;
+  const int tiles = (rows + most - 1) / most;
+  const size_t fit = kBlockBytes / panel_bytes(*m.weight);
+  const int block = tiles == 1 ? m.panel_end - m.panel_begin : fit < 1 ? 1 : int(fit);
   visit_format(*m.weight, [&](auto format) {
-    for (int row = m.row_begin; row < m.row_end; row += most) {
-      const int rows = row + most < m.row_end ? most : m.row_end - row;
-      dispatch_rows<Ops, decltype(format)>(m, row, rows * planes);
+    MatmulArgs part = m;
+    for (part.panel_begin = m.panel_begin; part.panel_begin < m.panel_end; part.panel_begin = part.panel_end) {
+      part.panel_end = m.panel_end - part.panel_begin < block ? m.panel_end : part.panel_begin + block;
+      for (int tile = 0; tile < tiles; ++tile) {
+        const int begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
+        dispatch_rows<Ops, decltype(format)>(part, m.row_begin + begin, (end - begin) * planes);
+      }
     }
   });
 }

@@ -84,9 +84,11 @@ struct Vnni {
   }
 };
 
+constexpr int kGemmMinRows = 17;  // from here on unpacking the weights once pays
+
 void matmul_any_rows(const MatmulArgs& m) {
   const int planes = m.fine.codes == nullptr ? 1 : 2;
-  if ((m.row_end - m.row_begin) * planes > kMaxFewRows) return matmul_gemm_avx512(m);
+  if ((m.row_end - m.row_begin) * planes >= kGemmMinRows) return matmul_gemm_avx512(m);
   matmul_few_rows<Vnni>(m);
 }
 
