@@ -96,11 +96,13 @@ struct Vnni {
   }
 };
 
-constexpr int kGemmMinRows = 17;  // from here on unpacking the weights once pays
+// From how many rows on unpacking the weights once pays: a second tile of few rows costs little while the gathered
+// activations of a call stay in L1.
+int gemm_min_rows(int k) { return k <= 2048 ? 17 : 9; }
 
 void matmul_any_rows(const MatmulArgs& m) {
   const int planes = m.fine.codes == nullptr ? 1 : 2;
-  if ((m.row_end - m.row_begin) * planes >= kGemmMinRows) return matmul_gemm_avx512(m);
+  if ((m.row_end - m.row_begin) * planes >= gemm_min_rows(m.weight->k)) return matmul_gemm_avx512(m);
   matmul_few_rows<Vnni>(m);
 }
 
