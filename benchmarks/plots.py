@@ -2,9 +2,9 @@
 
     make bench-plots        draws the newest benchmarks/results/*-peers-sweep.json into docs/plots/
 
-Measured by `python benchmarks/vs_llamacpp.py --sweep`. The roofline of a row is what the probes beside its samples
-allow: the weights of the file and the KV cache read once a step at the DRAM rate, or the matrix operations at the
-VNNI rate, whichever takes longer.
+Measured by `python benchmarks/vs_llamacpp.py --sweep`. The roofline is what the median of all probes beside the
+samples allows: the weights of the file and the KV cache read once a step at the DRAM rate, or the matrix operations at
+the VNNI rate, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -31,14 +31,20 @@ STYLES = {
     "openvino": ("OpenVINO GenAI", "#009E73", "^"),
     "vllm": ("vLLM, bfloat16", "#CC79A7", "D"),
 }
+GREY = "#555555"
 BATCH_CONTEXT = 256  # prompt tokens of the rows that vary the batch
 
 
-def roofline(row: dict[str, Any]) -> float:
-    """Tokens/s that the median probe of this row allows."""
-    probes = [one[side] for every in row["samples"].values() for one in every for side in ("before", "after")]
+def median_probe(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Operations/s and bytes/s that the machine could do while these rows were measured."""
+    samples = [one for row in rows for every in row["samples"].values() for one in every]
+    probes = [one[side] for one in samples for side in ("before", "after")]
     vnni = statistics.median(probe["vnni_gops"] for probe in probes) * 1e9
-    dram = statistics.median(probe["dram_gb_s"] for probe in probes) * 1e9
+    return vnni, statistics.median(probe["dram_gb_s"] for probe in probes) * 1e9
+
+
+def roofline(row: dict[str, Any], vnni: float, dram: float) -> float:
+    """Tokens/s that these rates allow."""
     tokens = row["row"]["batch"] * row["row"]["steps"]
     return float(tokens / max(row["work"]["operations"] / vnni, row["work"]["bytes"] / dram))
 
@@ -46,10 +52,11 @@ def roofline(row: dict[str, Any]) -> float:
 def series(rows: list[dict[str, Any]], key: str) -> dict[str, list[tuple[int, float]]]:
     """Engine -> (batch or context, tokens/s), ascending."""
     found: dict[str, list[tuple[int, float]]] = {}
+    vnni, dram = median_probe(rows)
     for row in sorted(rows, key=lambda row: row["row"][key]):
         at = row["row"][key]
         found.setdefault("setpoint", []).append((at, row["setpoint"]))
-        found.setdefault("roofline", []).append((at, roofline(row)))
+        found.setdefault("roofline", []).append((at, roofline(row, vnni, dram)))
         for name, rival in row["rivals"].items():
             if "theirs" in rival:
                 found.setdefault(name, []).append((at, rival["theirs"]))
@@ -59,8 +66,8 @@ def series(rows: list[dict[str, Any]], key: str) -> dict[str, list[tuple[int, fl
 def draw(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
     lines = series(rows, key)
     xs, limit = zip(*lines.pop("roofline"), strict=True)
-    axes.plot(xs, limit, color="#555555", linestyle="--", linewidth=1.4, label="roofline of the machine", zorder=2)
-    axes.fill_between(xs, limit, 1e9, color="#555555", alpha=0.10, linewidth=0, zorder=1)
+    axes.plot(xs, limit, color=GREY, linestyle="--", linewidth=1.4, label="limit of the machine (roofline)", zorder=2)
+    axes.fill_between(xs, limit, 1e9, color=GREY, alpha=0.10, linewidth=0, zorder=1)
     for name, (label, colour, marker) in STYLES.items():
         if name in lines:
             at, rates = zip(*lines[name], strict=True)
@@ -71,6 +78,7 @@ def draw(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
             )
     lowest = min(rate for line in lines.values() for _, rate in line)
     axes.set_xscale("log", base=2)
+    axes.set_xlim(xs[0] / 1.15, xs[-1] * 1.3)
     axes.set_yscale("log")
     axes.set_xticks(xs, [f"{x:,}" for x in xs])
     axes.set_ylim(lowest / 1.5, max(limit) * 1.5)
@@ -82,7 +90,7 @@ def draw(axes: Axes, rows: list[dict[str, Any]], key: str) -> None:
     axes.grid(True, which="minor", axis="y", color="#eeeeee", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylabel("decoded tokens/s, whole batch")
+    axes.set_ylabel("decoded tokens/s" + (", whole batch" if key == "batch" else ""))
 
 
 def plot(document: dict[str, Any], directory: Path) -> list[Path]:
@@ -112,7 +120,7 @@ def plot(document: dict[str, Any], directory: Path) -> list[Path]:
         axes.set_xlabel(label)
         axes.set_title(f"{title}\n", loc="left", fontsize=12, fontweight="bold")
         subtitle = f"{model}, {document['threads']} threads, medians of {document['repeat']}, {document['date']}"
-        axes.text(0, 1.03, subtitle, transform=axes.transAxes, fontsize=9, color="#555555")
+        axes.text(0, 1.03, subtitle, transform=axes.transAxes, fontsize=9, color=GREY)
         axes.legend(frameon=False, fontsize=9, loc="best")
         for suffix in ("svg", "png"):
             path = directory / f"{name}.{suffix}"

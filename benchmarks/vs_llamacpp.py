@@ -91,7 +91,6 @@ def main() -> None:
         raise SystemExit("no row has such a name")
     began = time.monotonic()
     pythons, unavailable = prepare_rivals(rows, given)
-    deadline = began if given.quick else began + 60 * given.minutes
     document: dict[str, Any] = {
         "question": "setpoint beside its rivals" + (", swept" if given.sweep else ""),
         "date": datetime.date.today().isoformat(),
@@ -110,6 +109,8 @@ def main() -> None:
         machine = Machine(Worker(Path(sys.executable), "probe_worker.py", threads, logs / "probe.log"))
         for model in dict.fromkeys(row.model for row in rows):
             of_model = [row for row in rows if row.model == model]
+            share = (len(document["rows"]) + len(of_model)) / len(rows)  # later models get their time for repeats too
+            deadline = began if given.quick else began + 60 * given.minutes * share
             measure_model(model, of_model, pythons, machine, given, deadline, logs, document)
         machine.probe_worker.close()
     document["minutes"] = round((time.monotonic() - began) / 60, 1)

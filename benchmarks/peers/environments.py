@@ -29,7 +29,7 @@ LLAMA_CPP = Rival(
     "llama.cpp",
     ".venv-peers",
     ("llama-cpp-python==0.3.36", "numpy>=2.0"),
-    pip=("--no-binary", "llama-cpp-python"),
+    pip=("--no-cache-dir", "--no-binary", "llama-cpp-python"),  # pip's cache would not ask how a wheel was built
     build=(("CMAKE_ARGS", "-DGGML_NATIVE=ON"), ("FORCE_CMAKE", "1")),
     run=(("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),),  # weights in huge pages: +0-7 % for it
 )
@@ -62,7 +62,7 @@ def prepare(rival: Rival, given_python: Path | None = None) -> Path:
         return python
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", directory], check=True)
-    print(f"installing {rival.name} into {rival.directory} (once; llama.cpp takes minutes)", file=sys.stderr)
+    print(f"installing {rival.name} into {rival.directory} (once; this takes minutes)", file=sys.stderr)
     log = directory / "install.log"
     _run([str(python), "-m", "pip", "install", *rival.pip, *rival.requirements], dict(rival.build), log)
     if rival.remove:
