@@ -8,7 +8,20 @@
 namespace setpoint {
 namespace {
 
-[[gnu::always_inline]] inline __m256i load_half_line(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
+[[gnu::always_inline]] inline __m256i broadcast4(const int8_t* codes) {
+  int32_t word;
+  __builtin_memcpy(&word, codes, 4);
+  return _mm256_set1_epi32(word);
+}
+
+// How many products of a pair of codes and activations (of at most 127) a signed 16-bit sum holds: 2 x 15 x 127 x 8, ...
+constexpr int quads_per_sum(Codes codes) { return codes == Codes::u6 ? 2 : codes == Codes::u5 ? 4 : 8; }
+
+inline __m256 load_floats(const uint8_t* at) { return _mm256_loadu_ps(reinterpret_cast<const float*>(at)); }
+
+inline void store_floats(uint8_t* at, __m256 values) { _mm256_storeu_ps(reinterpret_cast<float*>(at), values); }
+
+inline __m256i load_half_line(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
 
 // Bit `From` of every byte moved to bit `To`, and all but the bits of Mask cleared.
 template <int From, int To, int Mask>

@@ -10,15 +10,6 @@
 namespace setpoint {
 namespace {
 
-inline __m256i broadcast4(const int8_t* codes) {
-  int32_t word;
-  __builtin_memcpy(&word, codes, 4);
-  return _mm256_set1_epi32(word);
-}
-
-// How many products of a pair of codes and activations (of at most 127) a signed 16-bit sum holds: 2 x 15 x 127 x 8, ...
-constexpr int quads_per_sum(Codes codes) { return codes == Codes::u6 ? 2 : codes == Codes::u5 ? 4 : 8; }
-
 // Inputs 4 Quad .. 4 QuadEnd of a step, for both halves of the channels.
 template <Codes Kind, int Quad, int QuadEnd, int Rows>
 [[gnu::always_inline]] inline void add_to_sums(const uint8_t* step, const int8_t* x, size_t x_stride, __m256i (&sums)[Rows][2]) {
@@ -143,10 +134,17 @@ struct Widening {
   }
 };
 
+constexpr int kGemmMinRows = 16;  // from here on unpacking the weights once pays
+
+void matmul_any_rows(const MatmulArgs& m) {
+  if (m.row_end - m.row_begin >= kGemmMinRows) return matmul_gemm_avx2(m);
+  matmul_planes<matmul<Widening>>(m);
+}
+
 }  // namespace
 
 void register_avx2_matmul(KernelTable& t) {
-  t.matmul_quantized = matmul_planes<matmul<Widening>>;
+  t.matmul_quantized = matmul_any_rows;
   register_avx2_matmul_float(t);
   register_avx2_quantize_rows(t);
 }

@@ -107,7 +107,37 @@ void fill_gemm_rows(const PackedWeight& w, const QuantizedRows& q, const GemmBlo
   }
 }
 
-// A chunk of K of all panels of the block. Ops::unpack(panel, panel_bytes, panels, step, steps, to).
+// Ops::unpack_quad<Quad>(step, to): 4 inputs, a line. Ops::unpack_scales(record, group, to, stride).
+template <class Ops, int Quad, int QuadEnd>
+[[gnu::always_inline]] inline void unpack_quads(const uint8_t* step, uint8_t* to, size_t stride) {
+  if constexpr (Quad < QuadEnd) {
+    Ops::template unpack_quad<Quad>(step, to);
+    unpack_quads<Ops, Quad + 1, QuadEnd>(step, to + stride, stride);
+  }
+}
+
+// The chunk's groups of one panel, to lines `stride` apart.
+template <class Ops>
+void unpack_panel(const uint8_t* panel, int step_begin, int steps, uint8_t* to, size_t stride) {
+  using Format = typename Ops::Format;
+  constexpr int kQuads = Format::kGroup / 4;
+  constexpr size_t kGroupLines = kQuads + (Format::kAffine ? 2 : 1);
+  for (int i = step_begin; i < step_begin + steps; ++i) {
+    const uint8_t* record = panel + size_t(i / Format::kSteps) * Format::kRecordBytes;
+    const uint8_t* codes = record + Format::kScaleBytes + i % Format::kSteps * Format::kStepBytes;
+    const int group = i % Format::kSteps * Format::kStepGroups;
+    unpack_quads<Ops, 0, kQuads>(codes, to, stride);
+    Ops::unpack_scales(record, group, to + kQuads * stride, stride);
+    to += kGroupLines * stride;
+    if constexpr (Format::kStepGroups == 2) {
+      unpack_quads<Ops, kQuads, 2 * kQuads>(codes, to, stride);
+      Ops::unpack_scales(record, group + 1, to + kQuads * stride, stride);
+      to += kGroupLines * stride;
+    }
+  }
+}
+
+// A chunk of K of all panels of the block.
 template <class Ops>
 void walk_gemm_chunk(const MatmulArgs& m, GemmScratch& scratch, const GemmBlock& block, int step, int chunk) {
   using Format = typename Ops::Format;
@@ -131,7 +161,9 @@ void walk_gemm_chunk(const MatmulArgs& m, GemmScratch& scratch, const GemmBlock&
     const int tiles = (rows + Ops::tile_rows(panels) - 1) / Ops::tile_rows(panels);
     GemmAhead ahead = GemmAhead::of<Format>(w, next_panel, next_step, smaller(chunk, total - next_step), planes * tiles * tile.groups);
 
-    Ops::unpack(w.data + size_t(panel) * panel_bytes(w), panel_bytes(w), panels, step, steps, scratch.weights);
+    for (int p = 0; p < panels; ++p)
+      unpack_panel<Ops>(w.data + size_t(panel + p) * panel_bytes(w), step, steps, scratch.weights + p * kLineBytes,
+                        size_t(panels) * kLineBytes);
     tile.y = scratch.y + size_t(panel - block.panel_begin) * size_t(planes * rows) * kLanes;
     tile.out = m.out + size_t(block.row) * m.out_stride + panel * kLanes;
     tile.last_lanes = uint16_t(0xffff >> (missing > 0 ? missing : 0));

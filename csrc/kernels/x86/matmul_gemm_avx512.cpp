@@ -111,19 +111,10 @@ __attribute__((noinline)) void run_tile(const GemmTile& t) {
     for (int p = 0; p < Panels; ++p) _mm512_store_ps(t.y + (r * Panels + p) * kLanes, y[r][p]);
 }
 
-// Inputs 4 Quad .. 4 QuadEnd of a step, to lines `stride` bytes apart.
-template <Codes Kind, int Quad, int QuadEnd>
-inline void unpack_codes(const uint8_t* step, uint8_t* to, size_t stride) {
-  if constexpr (Quad < QuadEnd) {
-    _mm512_store_si512(to, quad_codes<Kind, Quad>(step));
-    unpack_codes<Kind, Quad + 1, QuadEnd>(step, to + stride, stride);
-  }
-}
-
 template <class F>
 struct Gemm {
   using Format = F;
-  static constexpr int kGroup = Format::kGroup, kDots = kGroup / 4;
+  static constexpr int kGroup = Format::kGroup;
 
   static int tile_rows(int panels) { return panels == 3 ? 4 : panels == 2 ? 5 : 8; }
 
@@ -151,28 +142,9 @@ struct Gemm {
       _mm512_storeu_si512(to.offset, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-w.zero_point)));
   }
 
-  static void unpack(const uint8_t* panel, size_t panel_bytes, int panels, int step_begin, int steps, uint8_t* to) {
-    const size_t stride = size_t(panels) * kLineBytes, group_stride = size_t(kDots + (Format::kAffine ? 2 : 1)) * stride;
-    for (int p = 0; p < panels; ++p, panel += panel_bytes) {
-      uint8_t* at = to + p * kLineBytes;
-      for (int i = step_begin; i < step_begin + steps; ++i) {
-        const uint8_t* record = panel + size_t(i / Format::kSteps) * Format::kRecordBytes;
-        const int s = i % Format::kSteps;
-        const uint8_t* codes = record + Format::kScaleBytes + s * Format::kStepBytes;
-        if constexpr (kGroup == 32) {
-          unpack_codes<Format::kCodes, 0, 8>(codes, at, stride);
-          unpack_scales(record, s, at + kDots * stride, stride);
-          at += group_stride;
-        } else {
-          unpack_codes<Format::kCodes, 0, 4>(codes, at, stride);
-          unpack_scales(record, 2 * s, at + kDots * stride, stride);
-          at += group_stride;
-          unpack_codes<Format::kCodes, 4, 8>(codes, at, stride);
-          unpack_scales(record, 2 * s + 1, at + kDots * stride, stride);
-          at += group_stride;
-        }
-      }
-    }
+  template <int Quad>
+  [[gnu::always_inline]] static inline void unpack_quad(const uint8_t* step, uint8_t* to) {
+    _mm512_store_si512(to, quad_codes<Format::kCodes, Quad>(step));
   }
 
   static void unpack_scales(const uint8_t* record, int group, uint8_t* to, size_t stride) {

@@ -10,6 +10,7 @@ void register_avx512_matmul_float(KernelTable& t);
 void register_avx512_quantize_rows(KernelTable& t);
 
 // The quantized matmul for many rows.
+void matmul_gemm_avx2(const MatmulArgs& m);
 void matmul_gemm_avx512(const MatmulArgs& m);
 
 }  // namespace setpoint
