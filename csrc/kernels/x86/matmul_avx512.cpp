@@ -50,8 +50,8 @@ template <class Format, int Group, int Rows>
   }
 }
 
-// With one row the hardware prefetcher keeps up; the longer a step computes, the less far ahead it looks.
-constexpr int kAheadRows = 4;
+// With few rows the hardware prefetcher keeps up; the longer a step computes, the less far ahead it looks.
+constexpr int kAheadRows = 5;
 constexpr int kAheadBytes = 2048;
 
 template <class Format>
