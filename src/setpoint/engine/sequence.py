@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -31,8 +32,8 @@ class ActiveRequest:
 class Sequence:
     """`token_ids` is prompt then output. Positions below `num_computed` have their KV in `block_tables`.
 
-    A block table maps logical block -> block id of one KV group, -1 where it fell out of the window. Tables are
-    lists that only grow at the end (and turn to -1 at the front) until the blocks are released.
+    A block table maps logical block -> block id of one KV group, -1 where it fell out of the window. Tables only grow
+    at the end (and turn to -1 at the front) until the blocks are released; as arrays, a runner copies them at once.
     """
 
     __slots__ = (
@@ -77,7 +78,7 @@ class Sequence:
         self.stop_ids = request.stop_ids
         self.row_state = RowState(request.params, seed=seed, prompt=self.token_ids, stop_ids=self.stop_ids)
         self.drafts: list[int] = []
-        self.block_tables: tuple[list[int], ...] = tuple([] for _ in range(num_groups))
+        self.block_tables = tuple(array("i") for _ in range(num_groups))
         self.first_live = [0] * num_groups  # per group: logical blocks below it are -1
         self.block_keys: list[bytes] = []  # prefix-tree keys of the first full blocks of token_ids
         self.num_published = 0

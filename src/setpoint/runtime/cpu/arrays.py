@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ if (ROW_RECORD.itemsize, ROW_OUTPUT.itemsize) != (_native.ROW_RECORD_BYTES, _nat
     raise ImportError("setpoint._native was built from other sources; rebuild it")
 
 GREEDY = RowSampling(temperature=0.0)
+_PACK_ROW = struct.Struct("=Qq6f12i").pack  # ROW_RECORD, several times as fast as numpy makes one from a tuple
+_NO_RECORDS, _NO_IDS, _NO_VALUES = np.empty(0, np.uint8), np.empty(0, np.int32), np.empty(0, np.float32)
 
 
 class StepArrays:
@@ -82,7 +85,7 @@ class _Rows:
     """Row records and the flat lists that they index."""
 
     def __init__(self) -> None:
-        self.records: list[tuple[int | float, ...]] = []
+        self.records: list[bytes] = []
         self.penalty_ids: list[int] = []
         self.penalty_counts: list[int] = []
         self.bias_ids: list[int] = []
@@ -100,8 +103,8 @@ class _Rows:
         self.banned += sampling.banned_ids
         if sampling.allowed_ids is not None:
             self.allowed += sampling.allowed_ids
-        self.records.append(
-            (
+        try:
+            record = _PACK_ROW(
                 sampling.seed,
                 sampling.position,
                 sampling.temperature,
@@ -123,16 +126,22 @@ class _Rows:
                 begins[3],
                 -1 if sampling.allowed_ids is None else len(self.allowed),
             )
-        )
+        except struct.error as error:
+            raise ValueError(f"a number of a row is out of range: {error}") from None
+        self.records.append(record)
 
     def arrays(self) -> tuple[NDArray[Any], ...]:
-        records = np.array(self.records, ROW_RECORD).view(np.uint8).reshape(len(self.records), ROW_RECORD.itemsize)
+        records = np.frombuffer(b"".join(self.records), np.uint8) if self.records else _NO_RECORDS
         return (
-            records,
-            np.array(self.penalty_ids, np.int32),
-            np.array(self.penalty_counts, np.int32),
-            np.array(self.bias_ids, np.int32),
-            np.array(self.bias_values, np.float32),
-            np.array(self.banned, np.int32),
-            np.array(self.allowed, np.int32),
+            records.reshape(len(self.records), ROW_RECORD.itemsize),
+            _ids(self.penalty_ids),
+            _ids(self.penalty_counts),
+            _ids(self.bias_ids),
+            np.array(self.bias_values, np.float32) if self.bias_values else _NO_VALUES,
+            _ids(self.banned),
+            _ids(self.allowed),
         )
+
+
+def _ids(values: list[int]) -> NDArray[np.int32]:
+    return np.array(values, np.int32) if values else _NO_IDS

@@ -61,6 +61,7 @@ class CpuRunner:
                 "not enough memory for the block tables; lower --max-num-seqs or --max-model-len"
             ) from error
         self._outputs = self.program.outputs.view(ROW_OUTPUT).reshape(-1)
+        self._tokens, self._finite = self._outputs["token"], self._outputs["finite"]
 
     @property
     def info(self) -> RunnerInfo:
@@ -85,7 +86,7 @@ class CpuRunner:
 
     def close(self) -> None:
         """Ends the threads and frees weights and cache."""
-        del self.program, self._outputs
+        del self.program, self._outputs, self._tokens, self._finite
 
     def _run(self, entries: Sequence[PlanEntry], logits: NDArray[np.float32] | None = None) -> None:
         self._arrays.load(entries, logits)
@@ -109,8 +110,8 @@ class CpuRunner:
         return None
 
     def _results(self, entries: Sequence[PlanEntry]) -> list[EntryResult]:
-        outputs = self._outputs[: self._arrays.num_rows]
-        tokens, finite = outputs["token"].tolist(), outputs["finite"].tolist()
+        num_rows = self._arrays.num_rows
+        tokens, finite = self._tokens[:num_rows].tolist(), self._finite[:num_rows].tolist()
         results, begin = [], 0
         for entry in entries:
             end = begin + len(entry.rows)
