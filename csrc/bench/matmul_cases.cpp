@@ -67,7 +67,7 @@ class MatmulWorkload : public Workload {
   void run(int index, int thread) override {
     MatmulArgs args = arguments();
     args.weight = cold_ ? &weights_->copy(first_copy_ + size_t(index)) : &weights_->view();
-    schedules_[size_t(index)].run(thread, [&](int row_begin, int row_end, int panel_begin, int panel_end) {
+    schedules_[size_t(index)].run(thread, threads_, [&](int row_begin, int row_end, int panel_begin, int panel_end) {
       args.row_begin = row_begin;
       args.row_end = row_end;
       args.panel_begin = panel_begin;

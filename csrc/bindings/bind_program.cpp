@@ -8,6 +8,7 @@
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -15,10 +16,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace nb = nanobind;
@@ -170,6 +174,36 @@ int rehearse_thread_pool(ThreadPool& pool, int rounds, int failing_round) {
   return *std::min_element(seen.begin(), seen.end());
 }
 
+// The same for stages and the teams that run them: each stage must be run once by every number below the team's size,
+// which may only grow. Returns the stages for which that is so, and the size of the last team. A team that is not
+// complete takes a millisecond a stage, if it shall be slow.
+std::pair<int, int> rehearse_stages(ThreadPool& pool, int stages, int failing_stage, bool slow) {
+  std::vector<std::atomic<int>> runs(static_cast<size_t>(stages));
+  std::vector<int> teams(static_cast<size_t>(stages), 0), seen(static_cast<size_t>(stages), 0);
+  const nb::gil_scoped_release release;
+  pool.run_stages(
+      stages,
+      [&](int stage, int thread) {
+        const size_t i = static_cast<size_t>(stage);
+        if (stage == failing_stage && thread == pool.team() - 1) throw std::runtime_error("failed as asked");
+        runs[i].fetch_add(1 << 4 * thread);  // a digit a thread
+        if (slow && thread == 0 && pool.team() < pool.size()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        pool.barrier();
+        if (thread == 0) {
+          teams[i] = pool.team();
+          seen[i] = runs[i].load();
+        }
+      },
+      [](int) { return false; });
+  int complete = 0;
+  for (size_t i = 0; i < teams.size(); ++i) {
+    int expected = 0;
+    for (int thread = 0; thread < teams[i]; ++thread) expected += 1 << 4 * thread;
+    complete += seen[i] == expected && runs[i].load() == expected && (i == 0 || teams[i] >= teams[i - 1]);
+  }
+  return {complete, stages == 0 ? 0 : teams.back()};
+}
+
 }  // namespace
 
 void bind_program(nb::module_& m) {
@@ -182,7 +216,10 @@ void bind_program(nb::module_& m) {
       .def(nb::init<int>(), "num_threads"_a)
       .def("rehearse", &rehearse_thread_pool, "rounds"_a, "failing_round"_a = -1,
            "Number of rounds in which every thread saw all the others' writes "
-           "after a barrier.");
+           "after a barrier.")
+      .def("rehearse_stages", &rehearse_stages, "stages"_a, "failing_stage"_a = -1, "slow"_a = false,
+           "(stages that every member of the team ran once, size of the last team).")
+      .def("set_patient", &ThreadPool::set_patient, "on"_a);
 
   nb::class_<Program>(m, "Program",
                       "A lowered model. Slots, KV groups, layers and rope "
@@ -238,6 +275,7 @@ void bind_program(nb::module_& m) {
       .def_prop_ro("outputs", &outputs,
                    "uint8 [max_rows, ROW_OUTPUT_BYTES]: records of the last "
                    "step's rows; rewritten by the next.")
+      .def("set_patient", &Program::set_patient, "on"_a, "Whether a step waits for all its threads before it starts; for tests.")
       .def("set_profiling", &Program::set_profiling, "on"_a)
       .def_prop_ro("seconds", &seconds, "Seconds spent per kind of stage while profiling.")
       .def_prop_ro("head_retried_part", &Program::head_retried_part,

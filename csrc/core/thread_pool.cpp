@@ -17,6 +17,10 @@ namespace setpoint {
 namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr auto kGathering = std::chrono::microseconds(3);  // for the others, before the first stage
+constexpr uint64_t kClosed = uint64_t{1} << 31;
+
+int entered(uint64_t door) { return static_cast<int>(door & (kClosed - 1)); }
 
 void pause_cpu() {
 #if defined(__x86_64__)
@@ -69,16 +73,63 @@ void ThreadPool::start_workers() {
     workers_.emplace_back([this, thread] { work(thread); });
 }
 
-void ThreadPool::work(int thread) {
-  if (!cpus_.empty()) pin_thread(cpus_[static_cast<size_t>(thread)]);
+void ThreadPool::work(int cpu) {
+  if (!cpus_.empty()) pin_thread(cpus_[static_cast<size_t>(cpu)]);
   int seen = 0;  // workers start before the first run, while generation_ is still 0
   for (;;) {
     wait_while(generation_, seen);
     seen = generation_.load(std::memory_order_acquire);
     if (stopping_) return;
+    const int thread = enter(seen);
+    if (thread == 0) continue;
     call(thread);
-    if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
+    left_.fetch_add(1, std::memory_order_acq_rel);
+    left_.notify_one();
   }
+}
+
+int ThreadPool::enter(int generation) {
+  uint64_t door = door_.load(std::memory_order_acquire);
+  do {
+    if (door >> 32 != static_cast<uint32_t>(generation) || (door & kClosed) != 0) return 0;
+  } while (!door_.compare_exchange_weak(door, door + 1, std::memory_order_acq_rel, std::memory_order_acquire));
+  return entered(door) + 1;
+}
+
+bool ThreadPool::admitted(int thread) {
+  if (thread == 0) {  // the caller waits a moment: awake threads are here at once
+    const auto deadline = std::chrono::steady_clock::now() + kGathering;
+    while (entered(door_.load(std::memory_order_acquire)) < num_threads_ - 1) {
+      if (patient_)
+        std::this_thread::yield();
+      else if (std::chrono::steady_clock::now() < deadline)
+        pause_cpu();
+      else
+        break;
+    }
+    admit(0);
+    return true;
+  }
+  for (;;) {
+    const int phase = phase_.load(std::memory_order_acquire);
+    if (thread < admitted_.load(std::memory_order_acquire)) return true;
+    if (failed_.load(std::memory_order_acquire)) throw Broken();
+    if (ended_.load(std::memory_order_acquire)) return false;
+    wait_while(phase_, phase);
+  }
+}
+
+// Everybody who has entered belongs to the team from `stage` on. Only called where the whole team waits.
+void ThreadPool::admit(int stage) {
+  stage_ = stage;
+  team_ = 1 + entered(door_.load(std::memory_order_acquire));
+  admitted_.store(team_, std::memory_order_release);
+  next_phase();
+}
+
+void ThreadPool::next_phase() {
+  phase_.fetch_add(1, std::memory_order_release);
+  phase_.notify_all();
 }
 
 void ThreadPool::call(int thread) noexcept {
@@ -92,36 +143,51 @@ void ThreadPool::call(int thread) noexcept {
       if (!failure_) failure_ = std::current_exception();
     }
     failed_.store(true, std::memory_order_release);
-    phase_.fetch_add(1, std::memory_order_release);  // frees whoever waits at a barrier
-    phase_.notify_all();
+    next_phase();  // frees whoever waits at a barrier
   }
 }
 
-void ThreadPool::run_task(Task task, void* context) {
+void ThreadPool::run_task(Task task, void* context, int team) {
   if (static_cast<int>(workers_.size()) + 1 < num_threads_) start_workers();
   if (num_threads_ > 1 && process_ != getpid())
     throw std::runtime_error("threads do not survive a fork; open the model in the process that uses it");
   const ScopedPin pin(cpus_.empty() || num_threads_ == 1 ? -1 : cpus_[0]);
   task_ = task;
   context_ = context;
-  busy_.store(num_threads_ - 1, std::memory_order_relaxed);
-  generation_.fetch_add(1, std::memory_order_release);
+  team_ = team;
+  admitted_.store(team, std::memory_order_relaxed);
+  left_.store(0, std::memory_order_relaxed);
+  arrived_.store(0, std::memory_order_relaxed);
+  ended_.store(false, std::memory_order_relaxed);
+  const int generation = generation_.load(std::memory_order_relaxed) + 1;
+  door_.store(uint64_t{static_cast<uint32_t>(generation)} << 32, std::memory_order_release);
+  generation_.store(generation, std::memory_order_release);
   generation_.notify_all();
   call(0);
-  for (int left = busy_.load(std::memory_order_acquire); left != 0; left = busy_.load(std::memory_order_acquire)) wait_while(busy_, left);
+  if (team == num_threads_ && num_threads_ > 1) wait_for_leavers(num_threads_ - 1);  // everybody runs a plain task
+  ended_.store(true, std::memory_order_release);
+  const uint64_t door = door_.fetch_or(kClosed, std::memory_order_acq_rel);
+  next_phase();
+  wait_for_leavers(entered(door));
   if (failed_.load(std::memory_order_acquire)) {
     failed_.store(false, std::memory_order_relaxed);
-    arrived_.store(0, std::memory_order_relaxed);
     std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 }
 
-bool ThreadPool::arrive() {
+void ThreadPool::wait_for_leavers(int number) {
+  for (int left = left_.load(std::memory_order_acquire); left != number; left = left_.load(std::memory_order_acquire))
+    wait_while(left_, left);
+}
+
+bool ThreadPool::arrive(int next_stage) {
   if (failed_.load(std::memory_order_acquire)) throw Broken();
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) != num_threads_ - 1) return false;
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) != team_ - 1) return false;
   arrived_.store(0, std::memory_order_relaxed);
-  phase_.fetch_add(1, std::memory_order_release);
-  phase_.notify_all();
+  if (next_stage < 0)
+    next_phase();
+  else
+    admit(next_stage);
   if (failed_.load(std::memory_order_acquire)) throw Broken();
   return true;
 }

@@ -8,10 +8,12 @@
 // kernel may pack them onto one CPU.
 #pragma once
 #include <atomic>
+#include <cstdint>
 #include <exception>
 #include <mutex>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace setpoint {
@@ -33,10 +35,29 @@ class ThreadPool {
   // the others and is rethrown here. One caller at a time.
   template <class F>
   void run(F&& fn) {
-    using Function = std::remove_reference_t<F>;
-    run_task([](void* context, int thread) { (*static_cast<Function*>(context))(thread); },
-             const_cast<void*>(static_cast<const void*>(&fn)));
+    open(num_threads_, [&fn](int thread) { fn(thread); });
   }
+
+  // Calls fn(stage, thread) for the stages [0, stages) in order, with a barrier
+  // after each, on a team that begins as whoever is there. A thread whose CPU
+  // does something else is not waited for: it joins the team between two
+  // stages. Members have the numbers [0, team()). While a thread waits between
+  // stages it calls idle(thread), as in barrier().
+  template <class F, class Idle>
+  void run_stages(int stages, F&& fn, Idle&& idle) {
+    open(1, [&](int thread) {
+      if (!admitted(thread)) return;
+      for (int stage = stage_; stage < stages;) {
+        fn(stage, thread);
+        if (++stage < stages) meet(stage, [&] { return idle(thread); });
+      }
+    });
+  }
+
+  // Whether run_stages waits for everybody before its first stage. For tests.
+  void set_patient(bool on) { patient_ = on; }
+  // Inside run and run_stages only: the threads that share the work.
+  int team() const { return team_; }
 
   // Inside run only: returns when every thread has arrived. Writes before it
   // are visible after it.
@@ -47,24 +68,39 @@ class ThreadPool {
   // false; it should do some 100 ns of work at a time.
   template <class F>
   void barrier(F&& idle) {
+    meet(-1, std::forward<F>(idle));
+  }
+
+ private:
+  using Task = void (*)(void* context, int thread);
+  struct Broken {};  // thrown out of a barrier after another thread has failed
+
+  template <class F>
+  void open(int team, F&& fn) {
+    run_task([](void* context, int thread) { (*static_cast<std::remove_reference_t<F>*>(context))(thread); }, &fn, team);
+  }
+  // A barrier; when `next_stage` is not negative, threads that came late start there.
+  template <class F>
+  void meet(int next_stage, F&& idle) {
     if (num_threads_ == 1) return;
     const int phase = phase_.load(std::memory_order_acquire);
-    if (arrive()) return;
+    if (arrive(next_stage)) return;
     while (phase_.load(std::memory_order_acquire) == phase && idle()) {
     }
     wait_for_phase_after(phase);
   }
 
- private:
-  using Task = void (*)(void* context, int thread);
-  struct Broken {};  // thrown out of barrier() after another thread has failed
-
-  void run_task(Task task, void* context);
+  void run_task(Task task, void* context, int team);
   void start_workers();
-  void work(int thread);
+  void work(int cpu);         // index into cpus_
+  int enter(int generation);  // the thread's number in this run, or 0 when it is over
+  bool admitted(int thread);  // waits until the thread is in the team; false when the run ends first
+  void admit(int stage);
+  void next_phase();
+  void wait_for_leavers(int number);
   void call(int thread) noexcept;
   void wait_while(std::atomic<int>& word, int value);
-  bool arrive();  // true for the last thread, which frees the others
+  bool arrive(int next_stage);  // true for the last thread, which frees the others
   void wait_for_phase_after(int phase);
 
   const int num_threads_;
@@ -75,15 +111,21 @@ class ThreadPool {
   Task task_ = nullptr;
   void* context_ = nullptr;
   bool stopping_ = false;
+  bool patient_ = false;
+  int stage_ = 0;  // where the team goes on; changed while it waits
+  int team_ = 1;
   std::mutex failure_mutex_;
   std::exception_ptr failure_;
 
   // Each word that threads spin on has a cache line of its own.
   alignas(64) std::atomic<int> generation_{0};  // counts runs; workers wait for it to change
-  alignas(64) std::atomic<int> busy_{0};        // workers still inside the current run
+  alignas(64) std::atomic<uint64_t> door_{0};   // generation << 32 | closed | workers that entered
+  alignas(64) std::atomic<int> left_{0};        // workers that entered this run and have finished
   alignas(64) std::atomic<int> arrived_{0};     // threads at the current barrier
   alignas(64) std::atomic<int> phase_{0};       // counts barriers passed
+  alignas(64) std::atomic<int> admitted_{1};    // team_, for those who wait to be in it
   alignas(64) std::atomic<bool> failed_{false};
+  alignas(64) std::atomic<bool> ended_{false};  // whoever still waits to be admitted may go
 };
 
 }  // namespace setpoint

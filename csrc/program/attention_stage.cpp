@@ -139,7 +139,7 @@ void AttentionStage::merge(const Step& step, int thread) const {
   for (const Merge& merge : merges_) {
     const Batch::Tile& tile = step.batch.tiles()[static_cast<size_t>(merge.tile)];
     for (int unit = 0; unit < tile.rows * kv.kv_heads; ++unit) {
-      if (turn++ % step.pool.size() != thread) continue;
+      if (turn++ % step.pool.team() != thread) continue;
       const int row = unit / kv.kv_heads, head = unit % kv.kv_heads * group;
       const float* partial =
           merge.partial + static_cast<size_t>((row * heads_ + head) * merge.splits) * static_cast<size_t>(kv.head_dim + 2);

@@ -39,13 +39,12 @@ void HeadRows::multiply(const KernelTable& kernels, int row_begin, int row_end, 
 
 GreedyHead::GreedyHead(const PackedWeight& weight, std::span<const float> hidden, const KernelTable& kernels, ThreadPool& pool,
                        int max_rows)
-    : threads_(pool.size()),
-      max_rows_(max_rows),
+    : max_rows_(max_rows),
       shortlist_(weight, hidden, kernels, pool, max_rows),
       covered_(static_cast<size_t>(max_rows)),
       threshold_(static_cast<size_t>(max_rows)),
-      best_(static_cast<size_t>(threads_) * static_cast<size_t>(max_rows)),
-      retried_(static_cast<size_t>(threads_)) {}
+      best_(static_cast<size_t>(pool.size()) * static_cast<size_t>(max_rows)),
+      retried_(static_cast<size_t>(pool.size())) {}
 
 void GreedyHead::prepare() {
   if (steps_without_ > 0) --steps_without_;
@@ -71,7 +70,7 @@ GreedyHead::Best GreedyHead::best_of_panel(const HeadRows& rows, int row, int pa
 }
 
 void GreedyHead::find(const Step& step, const HeadRows& rows, MatmulSchedule& schedule, int thread) {
-  schedule.run(thread, [&](int row_begin, int row_end, int panel_begin, int panel_end) {
+  schedule.run(thread, step.pool.team(), [&](int row_begin, int row_end, int panel_begin, int panel_end) {
     MatmulArgs args;
     args.q = rows.coarse.view();
     args.out = rows.logits.values.data();
@@ -83,7 +82,7 @@ void GreedyHead::find(const Step& step, const HeadRows& rows, MatmulSchedule& sc
     shortlist_.screen(step.kernels, args);
   });
   step.pool.barrier();
-  for (int row = thread; row < rows.count; row += threads_) {
+  for (int row = thread; row < rows.count; row += step.pool.team()) {
     const int panel = shortlist_.most_promising(row);
     rows.multiply(step.kernels, row, row + 1, panel, panel + 1);
     threshold_[static_cast<size_t>(row)] = best_of_panel(rows, row, panel).logit;
@@ -93,14 +92,14 @@ void GreedyHead::find(const Step& step, const HeadRows& rows, MatmulSchedule& sc
     screened_ += static_cast<long>(rows.count) * rows.weight.panels();
   }
   step.pool.barrier();
-  try_others(step.kernels, rows, thread);
+  try_others(step, rows, thread);
   step.pool.barrier();
 }
 
 // A thread's share of the panels, each in full for the rows whose best may be in it.
-void GreedyHead::try_others(const KernelTable& kernels, const HeadRows& rows, int thread) {
-  const long panels = rows.weight.panels();
-  const int begin = static_cast<int>(panels * thread / threads_), end = static_cast<int>(panels * (thread + 1) / threads_);
+void GreedyHead::try_others(const Step& step, const HeadRows& rows, int thread) {
+  const long panels = rows.weight.panels(), team = step.pool.team();
+  const int begin = static_cast<int>(panels * thread / team), end = static_cast<int>(panels * (thread + 1) / team);
   Best* best = best_.data() + static_cast<size_t>(thread) * static_cast<size_t>(max_rows_);
   std::fill_n(best, rows.count, Best{-std::numeric_limits<float>::infinity(), -1});
   for (int first = begin; first < end; first += kRetryPanels) {
@@ -108,7 +107,7 @@ void GreedyHead::try_others(const KernelTable& kernels, const HeadRows& rows, in
     for (int row = 0; row < rows.count; ++row) {
       for (int panel = first; panel < last; ++panel) {
         if (shortlist_.upper(row, panel) < std::max(threshold_[static_cast<size_t>(row)], best[row].logit)) continue;
-        rows.multiply(kernels, row, row + 1, panel, panel + 1);
+        rows.multiply(step.kernels, row, row + 1, panel, panel + 1);
         ++retried_[static_cast<size_t>(thread)];
         const Best here = best_of_panel(rows, row, panel);
         if (here.logit > best[row].logit) best[row] = here;
@@ -117,9 +116,9 @@ void GreedyHead::try_others(const KernelTable& kernels, const HeadRows& rows, in
   }
 }
 
-int GreedyHead::token(int row) const {
+int GreedyHead::token(int row, int team) const {
   Best best{-std::numeric_limits<float>::infinity(), -1};
-  for (int thread = 0; thread < threads_; ++thread) {
+  for (int thread = 0; thread < team; ++thread) {
     const Best& other = best_[static_cast<size_t>(thread) * static_cast<size_t>(max_rows_) + static_cast<size_t>(row)];
     if (other.logit > best.logit) best = other;
   }

@@ -40,7 +40,7 @@ class GreedyHead {
   bool covers(int rows) const;
   // By all threads together. Afterwards token(row) is the lowest id among the highest logits.
   void find(const Step& step, const HeadRows& rows, MatmulSchedule& schedule, int thread);
-  int token(int row) const;
+  int token(int row, int team) const;
 
  private:
   struct Best {
@@ -48,9 +48,9 @@ class GreedyHead {
     int token;
   };
   Best best_of_panel(const HeadRows& rows, int row, int panel) const;
-  void try_others(const KernelTable& kernels, const HeadRows& rows, int thread);
+  void try_others(const Step& step, const HeadRows& rows, int thread);
 
-  int threads_, max_rows_;
+  int max_rows_;
   Shortlist shortlist_;
   std::vector<char> covered_;     // [max_rows]
   std::vector<float> threshold_;  // [max_rows] an exact logit: what is below cannot be the best

@@ -69,29 +69,29 @@ void HeadStage::run(const Step& step, int thread) {
     const int first = chunk * chunk_rows_;
     if (wants_best_alone(step, chunk)) {
       greedy_->find(step, rows_of(step, chunk), schedules_[static_cast<size_t>(chunk)], thread);
-      for (int row = first + thread; row < chunk_end(step, chunk); row += step.pool.size()) {
+      for (int row = first + thread; row < chunk_end(step, chunk); row += step.pool.team()) {
         RowOutput& output = outputs_[static_cast<size_t>(row)];
         output = {};
-        output.token = greedy_->token(row - first);
+        output.token = greedy_->token(row - first, step.pool.team());
         output.finite = 1;
       }
     } else {
       multiply(step, chunk, thread);
       step.pool.barrier();
-      for (int row = first + thread; row < chunk_end(step, chunk); row += step.pool.size()) sample(step, row, thread);
+      for (int row = first + thread; row < chunk_end(step, chunk); row += step.pool.team()) sample(step, row, thread);
     }
     if (chunk_end(step, chunk) < step.batch.num_rows()) step.pool.barrier();  // the next chunk reuses the buffers
   }
 }
 
 std::span<const uint8_t> HeadStage::first_reads(const Step& step, int thread) const {
-  const int panel = step.batch.num_rows() == 0 ? -1 : schedules_[0].first_panel(thread);
+  const int panel = step.batch.num_rows() == 0 ? -1 : schedules_[0].first_panel(thread, step.pool.team());
   return panel < 0 ? std::span<const uint8_t>() : stored_from(weight_, panel);
 }
 
 void HeadStage::gather(const Step& step, int chunk, int thread) {
   FloatRows& in = step.work.values(in_);
-  for (int row = chunk * chunk_rows_ + thread; row < chunk_end(step, chunk); row += step.pool.size()) {
+  for (int row = chunk * chunk_rows_ + thread; row < chunk_end(step, chunk); row += step.pool.team()) {
     const int local = row - chunk * chunk_rows_;
     const float* x = in.row(selected_ ? row : step.batch.inputs().rows[static_cast<size_t>(row)].token);
     step.kernels.rms_norm(x, in.stride, norm_.weight.data(), norm_.eps, 1, hidden_.width, hidden_.row(local), hidden_.stride);
@@ -116,7 +116,7 @@ void HeadStage::multiply(const Step& step, int chunk, int thread) {
     args.q = coarse_.view();
     args.fine = fine_.view();
   }
-  schedules_[static_cast<size_t>(chunk)].run(thread, [&](int row_begin, int row_end, int panel_begin, int panel_end) {
+  schedules_[static_cast<size_t>(chunk)].run(thread, step.pool.team(), [&](int row_begin, int row_end, int panel_begin, int panel_end) {
     if (weight_.is_quantized()) return rows.multiply(step.kernels, row_begin, row_end, panel_begin, panel_end);
     args.row_begin = row_begin;
     args.row_end = row_end;

@@ -36,7 +36,6 @@ void MatmulSchedule::reset(int rows, int panels, int threads, int unit) {
   rows_ = rows;
   unit_ = unit;
   panels_ = panels;
-  threads_ = threads;
   next_.store(0, std::memory_order_relaxed);
   row_tiles_ = 1;
   tile_rows_ = rows;
@@ -79,7 +78,7 @@ void MatmulStage::run(const Step& step, int thread) {
   args.x = view.values(in_).values.data();
   args.x_stride = view.values(in_).stride;
   if (quantized_) args.q = view.quantized(in_).view();
-  schedule_.run(thread, [&](int row_begin, int row_end, int panel_begin, int panel_end) {
+  schedule_.run(thread, step.pool.team(), [&](int row_begin, int row_end, int panel_begin, int panel_end) {
     args.row_begin = row_begin;
     args.row_end = row_end;
     if (activation_) {
@@ -97,8 +96,8 @@ void MatmulStage::run(const Step& step, int thread) {
   });
 }
 
-std::span<const uint8_t> MatmulStage::first_reads(const Step&, int thread) const {
-  int panel = schedule_.first_panel(thread);
+std::span<const uint8_t> MatmulStage::first_reads(const Step& step, int thread) const {
+  int panel = schedule_.first_panel(thread, step.pool.team());
   if (panel < 0) return {};
   size_t item = 0;
   for (; panel >= items_[item].weight.panels(); ++item) panel -= items_[item].weight.panels();

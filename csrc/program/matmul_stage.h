@@ -24,13 +24,13 @@ class MatmulSchedule {
  public:
   // Ranges of panels begin and end at multiples of `unit`, the last end aside.
   void reset(int rows, int panels, int threads, int unit = 1);
-  // Calls visit(row_begin, row_end, panel_begin, panel_end) for this thread's
-  // work.
+  // Calls visit(row_begin, row_end, panel_begin, panel_end) for the work of one
+  // of `team` threads.
   template <class Visit>
-  void run(int thread, Visit&& visit) {
+  void run(int thread, int team, Visit&& visit) {
     if (rows_ == 0) return;
     if (chunk_panels_ == 0) {
-      const int begin = share(thread), end = share(thread + 1);
+      const int begin = share(thread, team), end = share(thread + 1, team);
       if (begin < end) visit(0, rows_, begin, end);
       return;
     }
@@ -45,15 +45,18 @@ class MatmulSchedule {
   }
 
   // A thread's first panel, or -1 where that is not known before.
-  int first_panel(int thread) const { return rows_ > 0 && chunk_panels_ == 0 && share(thread) < panels_ ? share(thread) : -1; }
-
- private:
-  int share(int thread) const {  // first panel of a thread
-    const long units = (panels_ + unit_ - 1) / unit_;
-    return std::min(panels_, static_cast<int>(units * thread / threads_) * unit_);
+  int first_panel(int thread, int team) const {
+    const int panel = share(thread, team);
+    return rows_ > 0 && chunk_panels_ == 0 && panel < panels_ ? panel : -1;
   }
 
-  int rows_ = 0, panels_ = 0, threads_ = 1, unit_ = 1;
+ private:
+  int share(int thread, int team) const {  // first panel of a thread
+    const long units = (panels_ + unit_ - 1) / unit_;
+    return std::min(panels_, static_cast<int>(units * thread / team) * unit_);
+  }
+
+  int rows_ = 0, panels_ = 0, unit_ = 1;
   int row_tiles_ = 1, tile_rows_ = 0;
   int chunk_panels_ = 0;  // 0 = static shares
   alignas(64) std::atomic<int> next_{0};

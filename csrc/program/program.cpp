@@ -189,6 +189,7 @@ void Program::head(int in, std::vector<float> norm_weight, float eps, const Pack
   auto stage =
       std::make_unique<HeadStage>(in, wanted_, HeadStage::Norm{std::move(norm_weight), eps}, weight, limits_, pool_.size(), kernels_.isa);
   allocate_slots();
+  read_ahead_.resize(static_cast<size_t>(pool_.size()));
   for (int thread = 0; thread < pool_.size(); ++thread) work_.attention_scratch.emplace_back(attention_floats_);
   work_.partials = MappedArray<float>(partial_floats_);
   batch_.emplace(limits_, kv_.groups());
@@ -215,22 +216,25 @@ void Program::allocate_slots() {
   }
 }
 
-// The barrier after a stage.
-void Program::meet(const Step& step, int thread, size_t stage, ReadAhead& ahead) {
-  ahead.aim(stages_[next_weights_[stage]]->first_reads(step, thread));
-  ahead.fetch(kFetchedBefore, kFetchedBefore);
-  pool_.barrier([&] { return ahead.fetch(kFetchedAtOnce, kFetchedWaiting); });
-}
-
-void Program::run_stages(const Step& step, int thread) {
-  ReadAhead ahead;
-  for (size_t i = 0; i < stages_.size(); ++i) {
-    const auto begin = profiling_ ? Clock::now() : Clock::time_point();
+void Program::run_stages(const Step& step) {
+  for (ReadAhead& ahead : read_ahead_) ahead = {};
+  Clock::time_point mark = Clock::now();
+  const auto account = [&](size_t stage) {  // barriers included
+    const auto now = Clock::now();
+    seconds_[static_cast<size_t>(stages_[stage]->kind())] += std::chrono::duration<double>(now - mark).count();
+    mark = now;
+  };
+  const auto run = [&](int index, int thread) {
+    const size_t i = static_cast<size_t>(index);
+    if (profiling_ && thread == 0 && i > 0) account(i - 1);
     stages_[i]->run(step, thread);
-    if (i + 1 < stages_.size()) meet(step, thread, i, ahead);
-    if (profiling_ && thread == 0)
-      seconds_[static_cast<size_t>(stages_[i]->kind())] += std::chrono::duration<double>(Clock::now() - begin).count();
-  }
+    ReadAhead& ahead = read_ahead_[static_cast<size_t>(thread)];
+    if (i + 1 < stages_.size()) ahead.aim(stages_[next_weights_[i]]->first_reads(step, thread));
+    ahead.fetch(kFetchedBefore, kFetchedBefore);
+  };
+  const auto idle = [&](int thread) { return read_ahead_[static_cast<size_t>(thread)].fetch(kFetchedAtOnce, kFetchedWaiting); };
+  pool_.run_stages(static_cast<int>(stages_.size()), run, idle);
+  if (profiling_) account(stages_.size() - 1);
 }
 
 size_t Program::slot_bytes() const {
@@ -297,7 +301,7 @@ void Program::step(const StepInputs& inputs) {
   batch_->load(inputs);
   const Step step{kernels_, *batch_, kv_, work_, pool_};
   for (const auto& stage : stages_) stage->prepare(step);
-  pool_.run([&](int thread) { run_stages(step, thread); });
+  run_stages(step);
 }
 
 }  // namespace setpoint

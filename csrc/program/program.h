@@ -72,6 +72,10 @@ class Program {
   size_t kv_bytes() const { return kv_.bytes(); }
   size_t slot_bytes() const;  // of what a step works in, as far as that grows with the largest step
 
+  // Whether a step waits for all its threads before it starts. For tests: it
+  // would else begin with those that are awake.
+  void set_patient(bool on) { pool_.set_patient(on); }
+
   // Seconds the calling thread spent in each kind of stage, barriers included;
   // only counted while profiling.
   void set_profiling(bool on) { profiling_ = on; }
@@ -87,8 +91,7 @@ class Program {
   std::unique_ptr<RowStage> take_row_stage();
   std::unique_lock<std::mutex> enter();  // one caller at a time
   void allocate_slots();
-  void run_stages(const Step& step, int thread);
-  void meet(const Step& step, int thread, size_t stage, ReadAhead& ahead);
+  void run_stages(const Step& step);
 
   const Limits limits_;
   const KernelTable& kernels_;
@@ -99,11 +102,12 @@ class Program {
   RowStage* row_stage_ = nullptr;        // the last stage, if it is one of rows
   MatmulStage* matmul_stage_ = nullptr;  // the last stage, if it is one of matmuls
   HeadStage* head_ = nullptr;
-  std::vector<size_t> next_weights_;  // per stage: the next one that reads weights
-  bool wanted_ = false;               // select_rows was called
-  SlotSet quantized_;                 // slots that some matmul reads as 8-bit integers
-  std::vector<bool> has_quantized_;   // whose 8-bit copy is up to date at this point of the program
-  SlotSet private_;                   // slots that threads may want copies of
+  std::vector<size_t> next_weights_;   // per stage: the next one that reads weights
+  std::vector<ReadAhead> read_ahead_;  // per thread
+  bool wanted_ = false;                // select_rows was called
+  SlotSet quantized_;                  // slots that some matmul reads as 8-bit integers
+  std::vector<bool> has_quantized_;    // whose 8-bit copy is up to date at this point of the program
+  SlotSet private_;                    // slots that threads may want copies of
   size_t attention_floats_ = 0, partial_floats_ = 0;
   std::optional<Batch> batch_;
   std::mutex stepping_;

@@ -9,7 +9,7 @@
 
 namespace setpoint {
 
-class ReadAhead {
+class alignas(64) ReadAhead {
  public:
   // To go on with `memory`, unless it is what was being fetched already.
   void aim(std::span<const uint8_t> memory) {

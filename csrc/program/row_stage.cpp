@@ -28,7 +28,7 @@ void RowStage::run_rows(const Step& step, const SlotView& view, int begin, int e
 }
 
 void RowStage::run(const Step& step, int thread) {
-  const long rows = step.num_rows(wanted_), threads = step.pool.size();
+  const long rows = step.num_rows(wanted_), threads = step.pool.team();
   // Rounded up, so that a single row is the caller's: it is awake for certain.
   run_rows(step, SlotView(step.work), static_cast<int>((rows * thread + threads - 1) / threads),
            static_cast<int>((rows * (thread + 1) + threads - 1) / threads));

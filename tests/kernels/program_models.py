@@ -141,7 +141,9 @@ def open_runner(model: Model, checkpoint: MemoryCheckpoint, **options: Any) -> C
         "max_num_batched_tokens": 256,
         "kv_cache_memory_bytes": 8 << 20,
     }
-    return CpuRunner(model, checkpoint, **(defaults | options))  # type: ignore[arg-type]
+    runner = CpuRunner(model, checkpoint, **(defaults | options))  # type: ignore[arg-type]
+    runner.program.set_patient(True)  # a step of a small model is over before a thread wakes up
+    return runner
 
 
 def tokens_of(length: int, seed: int = 1) -> list[int]:

@@ -30,6 +30,36 @@ def test_a_failure_frees_the_others_and_the_pool_lives_on(size: int, round: int)
         assert pool.rehearse(10) == 10
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("patient", [False, True])
+def test_stages_are_run_once_by_every_member_of_the_team(size: int, patient: bool) -> None:
+    pool = ThreadPool(size)
+    pool.set_patient(patient)
+    for stages in [0, 1, 2, 40] * 20:
+        complete, team = pool.rehearse_stages(stages)
+        assert complete == stages
+        assert team <= size
+        assert not patient or stages == 0 or team == size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_threads_that_come_late_join_between_stages(size: int) -> None:
+    pool = ThreadPool(size)
+    assert pool.rehearse_stages(4_000, slow=True) == (4_000, size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("patient", [False, True])
+def test_a_failing_stage_frees_the_team(size: int, patient: bool) -> None:
+    pool = ThreadPool(size)
+    pool.set_patient(patient)
+    for stage in [0, 1, 7] * 10:
+        with pytest.raises(RuntimeError, match="failed as asked"):
+            pool.rehearse_stages(10, failing_stage=stage)
+        assert pool.rehearse_stages(10)[0] == 10
+        assert pool.rehearse(3) == 3
+
+
 def test_runs_from_different_threads_one_after_another() -> None:
     pool, seen = ThreadPool(2), []
     for _ in range(5):
