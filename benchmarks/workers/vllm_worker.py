@@ -38,10 +38,9 @@ class Rival:
         self.filled: list[list[int]] = []
 
     def prefill(self, prompt: list[int], settings: dict[str, Any]) -> Answer:
-        self.engine.reset_prefix_cache()
-        self.filled = []
+        salt = next(self.names)  # of its own: nothing may be reused
         began = time.perf_counter()
-        times, outputs = self._run([prompt], 1)
+        times, outputs = self._run([prompt], 1, salt)
         return {"seconds": times[0][0] - began, "tokens": len(prompt), "output": outputs}
 
     def decode(self, prompts: list[list[int]], steps: int, copies: bool, settings: dict[str, Any]) -> Answer:
@@ -53,13 +52,15 @@ class Rival:
         tokens = sum(first < moment <= end for of_one in times for moment in of_one)
         return {"seconds": end - first, "tokens": tokens, "output": outputs}
 
-    def _run(self, prompts: list[list[int]], count: int) -> tuple[list[list[float]], list[list[int]]]:
+    def _run(
+        self, prompts: list[list[int]], count: int, salt: str = "filled"
+    ) -> tuple[list[list[float]], list[list[int]]]:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
         names = [next(self.names) for _ in prompts]
         for name, prompt in zip(names, prompts, strict=True):
-            self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+            self.engine.add_request(name, {"prompt_token_ids": prompt, "cache_salt": salt}, params)
         times: dict[str, list[float]] = {name: [] for name in names}
         outputs: dict[str, list[int]] = {}
         while self.engine.has_unfinished_requests():
