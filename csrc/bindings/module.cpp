@@ -3,9 +3,11 @@
 
 NB_MODULE(_native, m) {
   m.doc() = "Setpoint's native core: packed weights, kernels, lowered programs.";
+  nanobind::set_leak_warnings(false);  // daemon threads hold objects when the interpreter ends
   setpoint::bind_matmul(m);
   setpoint::bind_layers(m);
   setpoint::bind_sampling(m);
+  setpoint::bind_text(m);
   setpoint::bind_program(m);
   setpoint::bind_probe(m);
 }

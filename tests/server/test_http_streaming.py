@@ -182,6 +182,7 @@ class _WideTokenizer:
     vocab_size = 262
     eos_token_ids = special_ids = frozenset[int]()
     space_prefix = False
+    longest_token = 16
 
     def __init__(self, text: str) -> None:
         self._bytes = text.encode()

@@ -388,7 +388,8 @@ def test_tokenizer_and_generation(build: Build) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (256, 257, None, 258)
     assert (tokenizer.add_bos, tokenizer.add_eos, tokenizer.add_space_prefix) == (True, None, None)
     assert tokenizer.merges == TOKENIZER["tokenizer.ggml.merges"]
-    assert tokenizer.token_types == TOKENIZER["tokenizer.ggml.token_type"]
+    assert tokenizer.token_types is not None
+    assert list(tokenizer.token_types) == TOKENIZER["tokenizer.ggml.token_type"]
     assert checkpoint.chat_template == CHAT_TEMPLATE
     assert checkpoint.name == "Tiny"
     generation = checkpoint.generation
@@ -407,7 +408,8 @@ def test_scores_of_sentencepiece(build: Build) -> None:
     changes = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.merges": None, "tokenizer.ggml.scores": scores}
     tokenizer = build("llama", changes).tokenizer
     assert isinstance(tokenizer, TokenizerMetadata)
-    assert (tokenizer.scores, tokenizer.merges) == (scores, None)
+    assert tokenizer.scores is not None
+    assert (list(tokenizer.scores), tokenizer.merges) == (scores, None)
 
 
 @pytest.mark.parametrize(

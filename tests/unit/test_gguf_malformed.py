@@ -85,7 +85,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "array size times four overflows": (with_value("k", ARRAY, array(I32, (1 << 62) + 1, bytes(8))), "past the end"),
     "array size one too many": (assemble([key_value("k", ARRAY, array(U64, 9, bytes(64)))], alignment=1), "past the"),
     "array of 2^64 - 1 strings": (with_value("k", ARRAY, array(STRING, MAX64, text("v"))), "strings is more than"),
-    "array string size": (with_value("k", ARRAY, array(STRING, 2, text("v", size=MAX64) + bytes(32))), "entry 1"),
+    "array string size": (with_value("k", ARRAY, array(STRING, 2, text("v", size=MAX64) + bytes(32))), "entry 0"),
     "last array string size": (with_value("k", ARRAY, array(STRING, 1, text("v", size=MAX64 - 8))), "entry 0"),
     "array of bools with a 2": (with_value("k", ARRAY, array(BOOL, 3, b"\x00\x01\x02")), "neither 0 nor 1"),
     "alignment 0": (with_alignment(0, 32), "alignment 0"),

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_sources import SENTENCEPIECE, SPLITS, byte_level, sentencepiece
+from tokenizer_sources import SENTENCEPIECE, SPLITS, byte_level, recover_merges, sentencepiece
 
 from setpoint.errors import ModelError, ModelFileError, RequestError, UnsupportedModelError
-from setpoint.text.from_metadata import recover_merges
 from setpoint.text.source import TokenizerFile, TokenizerMetadata
 from setpoint.text.tokenizer import load_tokenizer
 
@@ -108,12 +107,10 @@ def test_a_letter_named_as_the_end_stays_a_letter() -> None:
     assert tokenizer.decode(tokenizer.encode("banana")) == "banana"
 
 
-def test_many_equal_prefixes_are_recovered_within_the_work_limit() -> None:
-    """Every token begins all longer ones: the worst case for recovering merges."""
-    pieces = {"a" * n: -float(n) for n in range(1, 150)}
-    merges = recover_merges(pieces)
-    assert len(merges) == sum(range(149))
-    assert merges[0] == ("a", "a")
+def test_a_token_found_verbatim_is_not_longer_than_the_work_a_character_may_cost() -> None:
+    load_tokenizer(sentencepiece("without_prefix", **with_piece(300, "a" * 1024, 4)))
+    with pytest.raises(ModelFileError, match="1024"):
+        load_tokenizer(sentencepiece("without_prefix", **with_piece(300, "a" * 1025, 4)))
 
 
 FIELD = st.one_of(st.none(), st.integers(-(2**40), 2**40))

@@ -47,3 +47,14 @@ def sentencepiece(kind: str, **changes: Any) -> TokenizerMetadata:
         "add_space_prefix": kind == "with_prefix",
     }
     return TokenizerMetadata(**{**fields, **changes})
+
+
+def recover_merges(pieces: dict[str, float]) -> list[tuple[str, str]]:
+    """Every way to cut a piece into two pieces, best score first, then the longest left part: what a file of the
+    `tokenizers` library holds for a SentencePiece vocabulary."""
+    return [
+        (piece[:at], piece[at:])
+        for piece in sorted(pieces, key=pieces.__getitem__, reverse=True)
+        for at in range(len(piece) - 1, 0, -1)
+        if piece[:at] in pieces and piece[at:] in pieces
+    ]

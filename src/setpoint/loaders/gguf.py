@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from setpoint import _native
 from setpoint.errors import UnsupportedModelError
 from setpoint.loaders.mapped import MappedFile, quote
 from setpoint.quant.formats import FORMAT_BY_GGML_TYPE, FORMATS
@@ -48,7 +49,6 @@ DTYPES: dict[int, np.dtype[Any]] = {kind: np.dtype(layout) for kind, layout in _
 _SCALARS = {UINT8: "<B", INT8: "<b", UINT16: "<H", INT16: "<h", UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<B"}
 _SCALARS |= {UINT64: "<Q", INT64: "<q", FLOAT64: "<d"}
 _STRUCTS = {kind: struct.Struct(layout) for kind, layout in _SCALARS.items()}
-_U64 = struct.Struct("<Q")
 
 # Formats that ggml defines and we do not read: the difference between "unsupported" and "malformed".
 _OTHER_FORMATS = {
@@ -82,15 +82,10 @@ class GGUFArray:
         """All elements, decoded. Raises ModelFileError when they are not strings or not UTF-8."""
         if self.kind != STRING:
             self.file.fail(f"metadata {quote(self.key)} must be an array of strings")
-        buffer, position, unpack, result = self.file.map, self.start, _U64.unpack_from, []
-        try:
-            for _ in range(self.count):
-                start = position + 8
-                position = start + unpack(buffer, position)[0]
-                result.append(buffer[start:position].decode())
-        except UnicodeDecodeError:
-            self.file.fail(f"metadata {quote(self.key)} entry {len(result)} is not valid UTF-8")
-        return result
+        strings = _native.read_strings(self.file.bytes, self.start, self.count)
+        if len(strings) < self.count:
+            self.file.fail(f"metadata {quote(self.key)} entry {len(strings)} is not valid UTF-8")
+        return strings
 
 
 Value = bool | int | float | str | GGUFArray
@@ -243,15 +238,13 @@ class GGUFFile(MappedFile):
         return array
 
     def _skip_strings(self, count: int, what: str) -> None:
-        """Checks the extent of every string; half a million take about 0.1 s."""
+        """Checks the extent of every string."""
         if count > MAX_ARRAY_STRINGS or count > (self.size - self._position) // 8:
             self.fail(f"{what} array of {count} strings is more than the file can hold or than {MAX_ARRAY_STRINGS}")
-        buffer, unpack, position, last = self.map, _U64.unpack_from, self._position, self.size - 8
-        for index in range(count):
-            if position > last:
-                self.fail(f"{what} entry {index} ends past the end of the file (truncated?)")
-            position += 8 + unpack(buffer, position)[0]
-        self._position = min(position, self.size)
+        whole, position = _native.skip_strings(self.bytes, self._position, count)
+        if whole < count:
+            self.fail(f"{what} entry {whole} ends past the end of the file (truncated?)")
+        self._position = position
         if position > self.size:
             self.fail(f"{what} entry {count - 1} ends past the end of the file (truncated?)")
 

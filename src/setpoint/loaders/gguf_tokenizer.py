@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from setpoint.errors import UnsupportedModelError
 from setpoint.loaders.checkpoint import GenerationDefaults
 from setpoint.loaders.gguf import GGUFArray, GGUFFile
@@ -58,11 +61,8 @@ def read_generation(file: GGUFFile, tokenizer: TokenizerMetadata) -> GenerationD
     ends = [tokenizer.eos_id]
     ends += [_token_id(fields, key, len(tokenizer.tokens)) for key in ("eot_token_id", "eom_token_id")]
     if tokenizer.token_types is not None:
-        ends += [
-            index
-            for index, kind in enumerate(tokenizer.token_types)
-            if kind == CONTROL and tokenizer.tokens[index] in END_OF_GENERATION
-        ]
+        controls = np.flatnonzero(np.asarray(tokenizer.token_types) == CONTROL).tolist()
+        ends += [index for index in controls if tokenizer.tokens[index] in END_OF_GENERATION]
     sampling = Fields(file, "general.sampling.")
 
     def number(key: str, high: float) -> float | None:
@@ -91,14 +91,13 @@ def _array(fields: Fields, key: str) -> GGUFArray | None:
     return value
 
 
-def _per_token(fields: Fields, key: str, num_tokens: int) -> list[Any] | None:
+def _per_token(fields: Fields, key: str, num_tokens: int) -> NDArray[Any] | None:
     array = _array(fields, key)
     if array is None:
         return None
     if len(array) != num_tokens:
         fields.file.fail(f"metadata '{fields.prefix}{key}' has {len(array)} entries for {num_tokens} tokens")
-    values: list[Any] = array.numbers().tolist()
-    return values
+    return array.numbers()
 
 
 def _token_id(fields: Fields, key: str, num_tokens: int) -> int | None:

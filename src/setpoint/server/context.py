@@ -65,12 +65,6 @@ class ServerContext:
     started: bool = False  # set when the app has started up
     draining: bool = False  # set by the first signal; new work gets 503
 
-    longest_token: int = field(init=False)  # bytes
-
-    def __post_init__(self) -> None:
-        tokenizer = self.tokenizer
-        self.longest_token = max((len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)), default=1) or 1
-
     @property
     def model_name(self) -> str:
         return self.model_names[0]

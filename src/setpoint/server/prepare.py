@@ -121,7 +121,7 @@ def _message(index: int, message: Message) -> Mapping[str, Any]:
 
 def tokenise_text(context: ServerContext, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
     """Token ids of a text that may be refused before it is tokenised: `len(text) / longest token` is a lower bound."""
-    least = len(text) // context.longest_token
+    least = len(text) // context.tokenizer.longest_token
     if least > context.max_model_len:
         limit = f"This model's maximum context length is {context.max_model_len} tokens"
         raise ContextLengthError(f"{limit}, but the prompt has at least {least}. Shorten it.", param=param)

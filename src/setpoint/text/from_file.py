@@ -21,7 +21,15 @@ from setpoint.text.token_bytes import (
     sentencepiece_bytes,
     spaced_bytes,
 )
-from setpoint.text.vocabulary import MAX_MERGES, MAX_TOKENS, Vocabulary, check_added_tokens, check_vocabulary_size
+from setpoint.text.vocabulary import (
+    MAX_MERGES,
+    MAX_TOKENS,
+    LibraryEncoder,
+    Vocabulary,
+    check_added_tokens,
+    check_vocabulary_size,
+    longest_in_bytes,
+)
 
 MAX_FILE_BYTES = 128 << 20  # Gemma 3: 33 MB
 MAX_GROWTH = 4096  # how many times longer the replacement rules may make a text
@@ -53,7 +61,8 @@ def build_from_file(source: TokenizerFile) -> Vocabulary:
     prefix = _with_setting(prefix, bos_id, source.settings.get("add_bos_token"))
     suffix = _with_setting(suffix, eos_id, source.settings.get("add_eos_token"))
     return Vocabulary(
-        native=native,
+        native=LibraryEncoder(native),
+        longest_token=longest_in_bytes(native.get_vocab(with_added_tokens=True)),
         size=1 + max(native.get_vocab(with_added_tokens=True).values()),
         to_bytes=to_bytes,
         special_ids=special | {i for i in (bos_id, eos_id) if i is not None},

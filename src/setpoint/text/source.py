@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class TokenizerFile:
@@ -28,8 +31,8 @@ class TokenizerMetadata:
     model: str
     pre: str
     tokens: Sequence[str]
-    scores: Sequence[float] | None = None
-    token_types: Sequence[int] | None = None
+    scores: Sequence[float] | NDArray[np.float32] | None = None
+    token_types: Sequence[int] | NDArray[Any] | None = None
     merges: Sequence[str] | None = None
     bos_id: int | None = None
     eos_id: int | None = None

@@ -35,6 +35,7 @@ class Tokenizer:
         own_end = () if vocabulary.eos_id is None else (vocabulary.eos_id,)
         self.eos_token_ids = frozenset(eos_token_ids) | frozenset(own_end)
         self.vocab_size = vocabulary.size
+        self.longest_token = vocabulary.longest_token  # bytes, at most
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -50,8 +51,7 @@ class Tokenizer:
         except UnicodeEncodeError:
             raise RequestError("the text is not valid Unicode: it holds half of a surrogate pair") from None
         with _panics_as(RequestError("this text cannot be tokenized by the model's tokenizer")):
-            # The batch call lets other threads run meanwhile and keeps no character offsets.
-            ids: list[int] = self._native.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            ids = self._native.encode(text)
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True, continuation: bool = False) -> str:

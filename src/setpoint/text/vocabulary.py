@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as Library
 
 from setpoint.errors import ModelFileError
 from setpoint.text.token_bytes import TokenToBytes
@@ -17,12 +18,37 @@ MAX_MERGES = 2_000_000  # Gemma 3: 0.5 M
 MAX_ADDED_TOKENS = 65_536  # Gemma 3: 6,414
 
 
+class Encoder(Protocol):
+    """Text to ids, without what frames a text, and ids to the tokens as the vocabulary writes them."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def id_to_token(self, token_id: int) -> str | None: ...
+
+    def token_to_id(self, token: str) -> int | None: ...
+
+
+class LibraryEncoder:
+    """The `tokenizers` library as an `Encoder`."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self.id_to_token = library.id_to_token
+        self.token_to_id = library.token_to_id
+
+    def encode(self, text: str) -> list[int]:
+        # The batch call lets other threads run meanwhile and keeps no character offsets.
+        ids: list[int] = self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
+
+
 @dataclass(frozen=True)
 class Vocabulary:
-    """The library's tokenizer and what it cannot tell: how ids become bytes and what frames a text."""
+    """What encodes a text, and what it cannot tell: how ids become bytes and what frames a text."""
 
-    native: Tokenizer
+    native: Encoder
     size: int  # every id is below it; some ids may have no token
+    longest_token: int  # no token stands for more bytes
     to_bytes: TokenToBytes
     special_ids: frozenset[int]
     verbatim_ids: frozenset[int]  # added tokens that stand for their own text
@@ -33,17 +59,19 @@ class Vocabulary:
     space_prefix: bool  # a space is put before the text, and dropped from its decoding
 
 
-def check_vocabulary_size(tokens: Iterable[str]) -> None:
-    num_tokens = num_chars = 0
-    for token in tokens:
-        num_tokens += 1
-        num_chars += len(token)
-        if len(token) > MAX_TOKEN_CHARS:
-            raise ModelFileError(f"tokenizer: a token of {len(token)} characters (at most {MAX_TOKEN_CHARS})")
-    if not 0 < num_tokens <= MAX_TOKENS:
-        raise ModelFileError(f"tokenizer: {num_tokens} tokens (1 to {MAX_TOKENS})")
+def check_vocabulary_size(tokens: Collection[str]) -> None:
+    if not 0 < len(tokens) <= MAX_TOKENS:
+        raise ModelFileError(f"tokenizer: {len(tokens)} tokens (1 to {MAX_TOKENS})")
+    longest, num_chars = max(map(len, tokens)), sum(map(len, tokens))
+    if longest > MAX_TOKEN_CHARS:
+        raise ModelFileError(f"tokenizer: a token of {longest} characters (at most {MAX_TOKEN_CHARS})")
     if num_chars > MAX_VOCABULARY_CHARS:
         raise ModelFileError(f"tokenizer: {num_chars} characters of tokens (at most {MAX_VOCABULARY_CHARS})")
+
+
+def longest_in_bytes(tokens: Iterable[str]) -> int:
+    """At most this many bytes lie behind one token: its own in UTF-8, or one for each character."""
+    return max((len(token) if token.isascii() else len(token.encode()) for token in tokens), default=1) or 1
 
 
 def check_added_tokens(num_added: int) -> None:
