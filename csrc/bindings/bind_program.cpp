@@ -5,6 +5,7 @@
 #include "core/affinity.h"
 #include "core/cpu_features.h"
 #include "program/program.h"
+#include "quant/weight_store.h"
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -265,6 +266,16 @@ void bind_program(nb::module_& m) {
           "tokens"_a,
           "Learns from a run over `tokens`, one sequence from position 0 in blocks 0, 1, ... of every group, how to find a greedy row's "
           "token without reading the whole head. Returns the bytes it took, 0 where that would not help. Tokens stay the same.")
+      .def(
+          "put_shortlist",
+          [](Program& program, WeightStore& store) {
+            if (const size_t bytes = program.shortlist_bytes(); bytes > 0)
+              program.put_shortlist(store.add_bytes(bytes, Shortlist::kVersion));
+          },
+          nb::keep_alive<1, 2>(), "store"_a, "Lets shorten_head keep what it learns in the store, if there will be anything.")
+      .def("take_up_shortlist", &Program::take_up_shortlist,
+           "Takes up what lies in the store from a run before instead of shorten_head; returns its bytes, 0 for none.")
+      .def_prop_ro("shortlist_bytes", &Program::shortlist_bytes)
       .def("step", &with_inputs<&Program::step>, "tokens"_a, "entry_starts"_a, "entry_positions"_a, "tables"_a, "rows"_a, "penalty_ids"_a,
            "penalty_counts"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "logits"_a.noconvert() = nb::none(),
            "Runs one step without the GIL. Raises ValueError on inputs out of "
@@ -283,6 +294,7 @@ void bind_program(nb::module_& m) {
       .def_prop_ro("isa", &Program::isa)
       .def_prop_ro("num_threads", &Program::num_threads)
       .def_prop_ro("kv_bytes", &Program::kv_bytes)
+      .def("commit_kv", &Program::commit_kv, nb::call_guard<nb::gil_scoped_release>(), "Readies the memory of the first blocks.")
       .def_prop_ro("slot_bytes", &Program::slot_bytes, "What a step works in, as far as that grows with the largest step.");
 }
 

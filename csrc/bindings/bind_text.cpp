@@ -90,6 +90,8 @@ void bind_text(nb::module_& m) {
       .def(nb::new_(&make_sentencepiece), "tokens"_a, "scores"_a, "mergeable"_a, "added"_a, "unknown"_a.none(), "space_prefix"_a,
            "One score and one flag (may it merge, and be merged into) per token; `added` are ids of tokens found verbatim. "
            "Raises ValueError.")
+      .def_prop_ro(
+          "longest", [](const SentencePiece& pieces) { return pieces.table().longest(); }, "Bytes of the longest token.")
       .def("encode", &encode, "text"_a)
       .def("id_to_token", &id_to_token, "token_id"_a)
       .def("token_to_id", &token_to_id, "token"_a);

@@ -7,6 +7,7 @@ NB_MODULE(_native, m) {
   setpoint::bind_matmul(m);
   setpoint::bind_layers(m);
   setpoint::bind_sampling(m);
+  setpoint::bind_weights(m);
   setpoint::bind_text(m);
   setpoint::bind_program(m);
   setpoint::bind_probe(m);

@@ -29,6 +29,10 @@ void* map_memory(size_t bytes) {
 
 void unmap_memory(void* address, size_t) noexcept { std::free(address); }
 
+bool map_file_over(void*, size_t, int, uint64_t) { return false; }  // the heap is no mapping
+
+void clear_memory(void* address, size_t bytes) { std::memset(address, 0, bytes); }
+
 #else
 
 void* map_memory(size_t bytes) {
@@ -52,6 +56,19 @@ void* map_memory(size_t bytes) {
 }
 
 void unmap_memory(void* address, size_t bytes) noexcept { munmap(address, round_up(bytes, kPage)); }
+
+bool map_file_over(void* address, size_t bytes, int file, uint64_t offset) {
+  return mmap(address, bytes, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, static_cast<off_t>(offset)) != MAP_FAILED;
+}
+
+void clear_memory(void* address, size_t bytes) {
+  const size_t mapped = round_up(bytes, kPage);
+  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  if (mmap(address, mapped, PROT_READ | PROT_WRITE, kFlags, -1, 0) == MAP_FAILED) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  madvise(address, mapped, MADV_HUGEPAGE);
+#endif
+}
 
 #endif
 

@@ -13,6 +13,12 @@ namespace setpoint {
 void* map_memory(size_t bytes);
 void unmap_memory(void* address, size_t bytes) noexcept;
 
+// Puts a file's bytes, read-only, in the place of the first `bytes` of such memory: true where the system can. The file
+// must be that long, and stay so. `offset` must be a multiple of the page size.
+bool map_file_over(void* address, size_t bytes, int file, uint64_t offset);
+// Zeros in the place of what is there now, without touching a page.
+void clear_memory(void* address, size_t bytes);
+
 // An owned array of plain values, zero-initialized and never resized.
 template <class T>
 class MappedArray {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 namespace setpoint {
 
@@ -37,14 +38,13 @@ void HeadRows::multiply(const KernelTable& kernels, int row_begin, int row_end, 
   }
 }
 
-GreedyHead::GreedyHead(const PackedWeight& weight, std::span<const float> hidden, const KernelTable& kernels, ThreadPool& pool,
-                       int max_rows)
+GreedyHead::GreedyHead(Shortlist shortlist, int threads, int max_rows)
     : max_rows_(max_rows),
-      shortlist_(weight, hidden, kernels, pool, max_rows),
+      shortlist_(std::move(shortlist)),
       covered_(static_cast<size_t>(max_rows)),
       threshold_(static_cast<size_t>(max_rows)),
-      best_(static_cast<size_t>(pool.size()) * static_cast<size_t>(max_rows)),
-      retried_(static_cast<size_t>(pool.size())) {}
+      best_(static_cast<size_t>(threads) * static_cast<size_t>(max_rows)),
+      retried_(static_cast<size_t>(threads)) {}
 
 void GreedyHead::prepare() {
   if (steps_without_ > 0) --steps_without_;

@@ -24,8 +24,7 @@ struct HeadRows {
 
 class GreedyHead {
  public:
-  // Rows of `hidden` [n][k] are typical inputs of the matrix: see Shortlist.
-  GreedyHead(const PackedWeight& weight, std::span<const float> hidden, const KernelTable& kernels, ThreadPool& pool, int max_rows);
+  GreedyHead(Shortlist shortlist, int threads, int max_rows);
 
   size_t num_bytes() const { return shortlist_.num_bytes(); }
   // Of all panels screened so far, the part that had to be multiplied in full.

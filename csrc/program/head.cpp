@@ -58,7 +58,17 @@ bool HeadStage::wants_best_alone(const Step& step, int chunk) const {
 }
 
 void HeadStage::shorten(const KernelTable& kernels, ThreadPool& pool) {
-  greedy_ = std::make_unique<GreedyHead>(weight_, std::exchange(collected_, {}), kernels, pool, chunk_rows_);
+  if (shortlist_memory_ == nullptr) {
+    own_shortlist_memory_ = MappedArray<uint8_t>(shortlist_bytes());
+    shortlist_memory_ = own_shortlist_memory_.data();
+  }
+  Shortlist shortlist(weight_, std::exchange(collected_, {}), kernels, pool, chunk_rows_, shortlist_memory_);
+  greedy_ = std::make_unique<GreedyHead>(std::move(shortlist), pool.size(), chunk_rows_);
+}
+
+void HeadStage::take_up_shortlist(int threads) {
+  if (shortlist_memory_ == nullptr || !Shortlist::is_made(shortlist_memory_)) return;
+  greedy_ = std::make_unique<GreedyHead>(Shortlist(weight_, chunk_rows_, shortlist_memory_), threads, chunk_rows_);
 }
 
 void HeadStage::run(const Step& step, int thread) {

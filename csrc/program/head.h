@@ -44,6 +44,11 @@ class HeadStage : public Stage {
   bool can_shorten() const { return Shortlist::suits(weight_); }
   void collect(bool on) { collecting_ = on; }
   void shorten(const KernelTable& kernels, ThreadPool& pool);
+  // What it derives from the matrix lies in memory of its own, or where it is told to put it: 0 bytes where it does not
+  // help. What lies there already is taken up instead.
+  size_t shortlist_bytes() const { return Shortlist::suits_shape(weight_) ? Shortlist::memory_bytes(weight_) : 0; }
+  void put_shortlist(uint8_t* memory) { shortlist_memory_ = memory; }
+  void take_up_shortlist(int threads);
   double greedy_retried_part() const { return greedy_ ? greedy_->retried_part() : 0.; }
   size_t greedy_bytes() const { return greedy_ ? greedy_->num_bytes() : 0; }
 
@@ -71,6 +76,8 @@ class HeadStage : public Stage {
   std::unique_ptr<GreedyHead> greedy_;
   bool collecting_ = false;
   std::vector<float> collected_;  // [rows][hidden]
+  uint8_t* shortlist_memory_ = nullptr;
+  MappedArray<uint8_t> own_shortlist_memory_;
 };
 
 }  // namespace setpoint

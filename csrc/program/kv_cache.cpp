@@ -21,11 +21,12 @@ int KvCache::add_layer(int group, int kv_heads, int head_dim) {
   layer.k = MappedArray<uint8_t>(pages * kv_page_bytes(format_, head_dim));
   layer.v = MappedArray<uint8_t>(pages * kv_page_bytes(format_, head_dim));
   layer.view = {format_, kv_heads, head_dim, layer.k.data(), layer.v.data()};
-  // The first huge page of each: committing them all takes up to 0.2 s on a virtual machine, better not in the first
-  // request. Low block ids are handed out first.
-  layer.k[0] = layer.v[0] = 0;
   layers_.push_back(std::move(layer));
   return static_cast<int>(layers_.size()) - 1;
+}
+
+void KvCache::commit_first_pages() {
+  for (Layer& layer : layers_) layer.k[0] = layer.v[0] = 0;
 }
 
 size_t KvCache::bytes() const {

@@ -291,6 +291,18 @@ size_t Program::shorten_head(std::span<const int32_t> tokens) {
   return head_->greedy_bytes();
 }
 
+void Program::put_shortlist(uint8_t* memory) {
+  require(head_ != nullptr, "the program has no head yet");
+  head_->put_shortlist(memory);
+}
+
+size_t Program::take_up_shortlist() {
+  require(head_ != nullptr, "the program has no head yet");
+  const auto entered = enter();
+  head_->take_up_shortlist(pool_.size());
+  return head_->greedy_bytes();
+}
+
 void Program::check(const StepInputs& inputs) {
   const auto entered = enter();
   batch_->load(inputs);

@@ -56,6 +56,11 @@ class Program {
   // Runs `tokens` as one sequence from position 0, over whatever the cache holds, to learn how the head's inputs lie;
   // then greedy rows cost less, and give the same tokens. Returns the bytes it took: 0 where it would not help.
   size_t shorten_head(std::span<const int32_t> tokens);
+  // Where it puts what it learns, instead of in memory of its own; 0 bytes where it will not help.
+  size_t shortlist_bytes() const { return head_ == nullptr ? 0 : head_->shortlist_bytes(); }
+  void put_shortlist(uint8_t* memory);
+  // Takes up what lies there already, from a run before; returns its bytes, 0 for none.
+  size_t take_up_shortlist();
 
   double head_retried_part() const { return head_ == nullptr ? 0. : head_->greedy_retried_part(); }
 
@@ -70,7 +75,8 @@ class Program {
   const char* isa() const { return kernels_.isa; }
   int num_threads() const { return pool_.size(); }
   size_t kv_bytes() const { return kv_.bytes(); }
-  size_t slot_bytes() const;  // of what a step works in, as far as that grows with the largest step
+  void commit_kv() { kv_.commit_first_pages(); }  // before the first step, which finds its memory ready then
+  size_t slot_bytes() const;                      // of what a step works in, as far as that grows with the largest step
 
   // Whether a step waits for all its threads before it starts. For tests: it
   // would else begin with those that are awake.

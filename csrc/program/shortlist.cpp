@@ -67,14 +67,23 @@ void normalize(std::vector<float>& x) {
   for (float& value : x) value = static_cast<float>(static_cast<double>(value) / norm);
 }
 
+PackedWeight shortened(PackedWeight whole) {
+  whole.codes = Codes::u5;
+  whole.zero_point = 16;
+  return whole;
+}
+
 // The code's part that 5 bits hold: code = 8 * kept + rest, rest in [-4, 3], or up to 7 where kept is at its end.
 uint8_t kept_bits(uint8_t code) { return static_cast<uint8_t>(code > 251 ? 31 : (code + 4) >> 3); }
 
 }  // namespace
 
+bool Shortlist::suits_shape(const PackedWeight& w) {
+  return w.codes == Codes::u8 && w.scale_type == ScaleType::f16 && !w.affine && w.zero_point == 128 && w.group == 32 && w.n >= kMinChannels;
+}
+
 bool Shortlist::suits(const PackedWeight& w) {
-  if (w.codes != Codes::u8 || w.scale_type != ScaleType::f16 || w.affine || w.zero_point != 128 || w.group != 32) return false;
-  if (w.n < kMinChannels) return false;
+  if (!suits_shape(w)) return false;
   const size_t record = static_cast<size_t>(record_bytes(w.codes, w.scale_type, w.affine, w.group));
   const size_t records = panel_bytes(w) / record * static_cast<size_t>(w.panels());
   for (size_t i = 0; i < records; ++i)
@@ -83,26 +92,40 @@ bool Shortlist::suits(const PackedWeight& w) {
   return true;
 }
 
-Shortlist::Shortlist(const PackedWeight& whole, std::span<const float> hidden, const KernelTable& kernels, ThreadPool& pool, int max_rows)
-    : weight_(whole),
-      coarse_directions_(kDirections, whole.k),
-      fine_directions_(kDirections, whole.k),
-      directions_(static_cast<size_t>(kDirections) * static_cast<size_t>(whole.k)),
+// In memory: a line that says it is made, the codes, the bounds, the directions.
+size_t Shortlist::memory_bytes(const PackedWeight& whole) {
+  const size_t panels = static_cast<size_t>(whole.panels());
+  return kLineBytes + panel_bytes(shortened(whole)) * panels + panels * kBounds * kLanes * sizeof(uint16_t) +
+         kDirections * static_cast<size_t>(whole.k) * sizeof(float);
+}
+
+bool Shortlist::is_made(const uint8_t* memory) { return memory[0] == 1; }
+
+Shortlist::Shortlist(const PackedWeight& whole, int max_rows, uint8_t* memory)
+    : weight_(shortened(whole)),
+      codes_(memory + kLineBytes),
+      bounds_(reinterpret_cast<uint16_t*>(codes_ + panel_bytes(weight_) * panels())),
+      directions_(reinterpret_cast<float*>(bounds_ + panels() * kBounds * kLanes)),
       rows_(static_cast<size_t>(max_rows)),
-      upper_(static_cast<size_t>(max_rows) * static_cast<size_t>(whole.panels())) {
-  weight_.codes = Codes::u5;
-  weight_.zero_point = 16;
-  codes_ = MappedArray<uint8_t>(panel_bytes(weight_) * panels());
-  weight_.data = codes_.data();
-  bounds_ = MappedArray<uint16_t>(panels() * kBounds * kLanes);
+      upper_(static_cast<size_t>(max_rows) * panels()) {
+  weight_.data = codes_;
+}
+
+Shortlist::Shortlist(const PackedWeight& whole, std::span<const float> hidden, const KernelTable& kernels, ThreadPool& pool, int max_rows,
+                     uint8_t* memory)
+    : Shortlist(whole, max_rows, memory) {
+  coarse_directions_ = QuantizedActivations(kDirections, whole.k);
+  fine_directions_ = QuantizedActivations(kDirections, whole.k);
   find_directions(hidden);
-  std::vector<float> quantized = directions_;
+  const size_t count = static_cast<size_t>(kDirections) * static_cast<size_t>(whole.k);
+  std::vector<float> quantized(directions_, directions_ + count);
   coarse_directions_.quantize(kernels, quantized.data(), static_cast<size_t>(whole.k), 0, kDirections, 0, whole.k);
   for (int d = 0; d < kDirections; ++d) coarse_directions_.subtract_from(quantized.data() + d * whole.k, d);
   fine_directions_.quantize(kernels, quantized.data(), static_cast<size_t>(whole.k), 0, kDirections, 0, whole.k);
   for (int d = 0; d < kDirections; ++d) fine_directions_.subtract_from(quantized.data() + d * whole.k, d);
-  for (size_t i = 0; i < directions_.size(); ++i) directions_[i] -= quantized[i];  // without what both planes leave out
+  for (size_t i = 0; i < count; ++i) directions_[i] -= quantized[i];  // without what both planes leave out
   measure_errors(whole, kernels, pool);
+  memory[0] = 1;
 }
 
 // Principal directions of the hidden rows, by power iteration on what the ones before leave.
@@ -127,14 +150,14 @@ void Shortlist::find_directions(std::span<const float> hidden) {
       const float component = static_cast<float>(dot(&left[row], direction.data(), weight_.k));
       for (size_t i = 0; i < k; ++i) left[row + i] -= component * direction[i];
     }
-    std::copy(direction.begin(), direction.end(), directions_.begin() + static_cast<ptrdiff_t>(k) * d);
+    std::copy(direction.begin(), direction.end(), directions_ + static_cast<ptrdiff_t>(k) * d);
   }
 }
 
 // The 5-bit copy of a panel, and per channel the squared norms of the copy and of what it leaves out.
 void Shortlist::shorten(const PackedWeight& whole, int panel, float* error_norms, float* kept_norms) {
   const uint8_t* from = whole.data + static_cast<size_t>(panel) * panel_bytes(whole);
-  uint8_t* to = codes_.data() + static_cast<size_t>(panel) * panel_bytes(weight_);
+  uint8_t* to = codes_ + static_cast<size_t>(panel) * panel_bytes(weight_);
   std::fill_n(error_norms, kLanes, 0.f);
   std::fill_n(kept_norms, kLanes, 0.f);
   float scales[2][kLanes];
@@ -209,7 +232,7 @@ void Shortlist::measure_errors(const PackedWeight& whole, const KernelTable& ker
 }
 
 void Shortlist::store_bounds(int channel, const float* along, float error_norm, float kept_norm) {
-  uint16_t* bounds = bounds_.data() + static_cast<size_t>(channel / kLanes) * kBounds * kLanes + channel % kLanes;
+  uint16_t* bounds = bounds_ + static_cast<size_t>(channel / kLanes) * kBounds * kLanes + channel % kLanes;
   double rest = static_cast<double>(error_norm);
   for (int d = 0; d < kDirections; ++d) {
     const uint16_t stored = nearest_bf16(along[d]);
@@ -257,7 +280,7 @@ bool Shortlist::load_row(int row, const QuantizedActivations& coarse, const Quan
 
 // The most that an exact logit of the panel can be, from the short products y.
 float Shortlist::panel_bound(const Row& row, const float* y, int panel) const {
-  const uint16_t* bounds = bounds_.data() + static_cast<size_t>(panel) * kBounds * kLanes;
+  const uint16_t* bounds = bounds_ + static_cast<size_t>(panel) * kBounds * kLanes;
   const int channels = std::min(kLanes, weight_.n - panel * kLanes);
   float last[kLanes];
   if (channels < kLanes) {

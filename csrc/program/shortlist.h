@@ -18,13 +18,24 @@ namespace setpoint {
 
 class Shortlist {
  public:
-  // Whether the matrix is of the kind that this helps: many channels, 8-bit codes, all scales finite.
+  // Raise it whenever the same matrix leaves other bytes in memory: they are cached on disk.
+  static constexpr uint32_t kVersion = 1;
+
+  // Whether the matrix is of the kind that this helps: many channels, 8-bit codes; all scales finite.
+  static bool suits_shape(const PackedWeight& weight);
   static bool suits(const PackedWeight& weight);
+  // Of what is derived from the matrix; zeros to begin with.
+  static size_t memory_bytes(const PackedWeight& weight);
+  static bool is_made(const uint8_t* memory);
 
-  // `hidden`: some rows [n][k] of typical inputs of the matrix. They decide how tight the bounds are, never a result.
-  Shortlist(const PackedWeight& weight, std::span<const float> hidden, const KernelTable& kernels, ThreadPool& pool, int max_rows);
+  // Derives everything from the matrix, into `memory`. `hidden`: some rows [n][k] of typical inputs of the matrix. They
+  // decide how tight the bounds are, never a result.
+  Shortlist(const PackedWeight& weight, std::span<const float> hidden, const KernelTable& kernels, ThreadPool& pool, int max_rows,
+            uint8_t* memory);
+  // What was made there before: memory is only read.
+  Shortlist(const PackedWeight& weight, int max_rows, uint8_t* memory);
 
-  size_t num_bytes() const { return codes_.size() + bounds_.size() * sizeof(uint16_t); }
+  size_t num_bytes() const { return memory_bytes(weight_); }
 
   // Of input row `row`, given in two planes. False when the row is beyond what the bounds cover (not finite, say).
   bool load_row(int row, const QuantizedActivations& coarse, const QuantizedActivations& fine);
@@ -52,10 +63,10 @@ class Shortlist {
   float panel_bound(const Row& row, const float* y, int panel) const;
 
   PackedWeight weight_;  // 5-bit copy
-  MappedArray<uint8_t> codes_;
-  MappedArray<uint16_t> bounds_;  // [panel][kBounds][16]
+  uint8_t* codes_;
+  uint16_t* bounds_;   // [panel][kBounds][16]
+  float* directions_;  // [kDirections][k]: exactly the sum of the two planes
   QuantizedActivations coarse_directions_, fine_directions_;
-  std::vector<float> directions_;  // [kDirections][k]: exactly the sum of the two planes
   std::vector<Row> rows_;
   std::vector<float> upper_;  // [rows][panels]
 };

@@ -3,12 +3,9 @@
 #include "kernels/packed_layout.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <thread>
-#include <vector>
 
 namespace setpoint {
 namespace {
@@ -173,58 +170,48 @@ void pack_panel(const Target& t, std::span<const RawRows> sources, int panel) {
     for (int lane = 0; lane < channels; ++lane) pack_float_run(t, rows[lane], panel, lane, k, std::min(kMaxBlockElements, t.weight.k - k));
 }
 
-void pack_panels(const Target& t, std::span<const RawRows> sources) {
-  constexpr int kChunk = 16;  // panels a thread takes at a time
-  std::atomic<int> next{0};
-  const int panels = t.weight.panels();
-  auto work = [&] {
-    for (int begin; (begin = next.fetch_add(kChunk)) < panels;)
-      for (int panel = begin; panel < std::min(begin + kChunk, panels); ++panel) pack_panel(t, sources, panel);
-  };
-  const int extra = std::min(int(std::thread::hardware_concurrency()), (panels + kChunk - 1) / kChunk) - 1;
-  std::vector<std::jthread> threads;
-  for (int i = 0; i < std::min(extra, 15); ++i) threads.emplace_back(work);
-  work();
-}
-
-Target target_of(const PackedWeight& w) {
-  auto writable = [](const void* p) { return const_cast<uint8_t*>(static_cast<const uint8_t*>(p)); };
-  return {w, writable(w.data)};
-}
-
 }  // namespace
 
-PackedMatrix::PackedMatrix(const BlockFormat& layout, int64_t rows, int64_t cols) {
-  weight_.codes = layout.codes;
-  weight_.scale_type = layout.scale_type;
-  weight_.affine = layout.affine;
-  weight_.zero_point = layout.zero_point;
-  weight_.group = layout.group;
-  weight_.n = int(rows);
-  weight_.k = int(cols);
+PackedWeight packed_shape(std::span<const RawRows> sources, int64_t cols, bool as_float) {
+  const int64_t rows = checked_rows(sources, cols);
+  const BlockFormat& layout = as_float ? block_format("F32") : *sources.front().format;
+  for (const RawRows& source : sources)
+    if (!as_float && !layout.packs_like(*source.format))
+      throw std::invalid_argument(std::string(layout.name) + " and " + source.format->name + " rows cannot share one packed matrix");
+  PackedWeight shape;
+  shape.codes = layout.codes;
+  shape.scale_type = layout.scale_type;
+  shape.affine = layout.affine;
+  shape.zero_point = layout.zero_point;
+  shape.group = layout.group;
+  shape.n = int(rows);
+  shape.k = int(cols);
+  return shape;
+}
 
+size_t packed_bytes(const PackedWeight& shape) {
   // Both factors are bounded (checked_rows), and so is their product: 2^24 panels of at most 2^30 bytes.
-  const size_t panel_size = layout.is_float() ? size_t(cols) * kPanelChannels * float_bytes(layout.codes) : panel_bytes(weight_);
-  storage_ = MappedArray<uint8_t>(size_t(weight_.panels()) * panel_size);
-  weight_.data = storage_.data();
+  const size_t panel_size = shape.is_quantized() ? panel_bytes(shape) : size_t(shape.k) * kPanelChannels * float_bytes(shape.codes);
+  return size_t(shape.panels()) * panel_size;
+}
+
+void pack_panels(const PackedWeight& shape, std::span<const RawRows> sources, int begin, int end, uint8_t* data) {
+  for (int panel = begin; panel < end; ++panel) pack_panel({shape, data}, sources, panel);
+}
+
+PackedMatrix PackedMatrix::packed(PackedWeight shape, std::span<const RawRows> sources) {
+  auto storage = std::make_shared<MappedArray<uint8_t>>(packed_bytes(shape));
+  shape.data = storage->data();
+  pack_panels(shape, sources, 0, shape.panels(), storage->data());
+  return {shape, std::move(storage)};
 }
 
 PackedMatrix PackedMatrix::pack(std::span<const RawRows> sources, int64_t cols) {
-  const int64_t rows = checked_rows(sources, cols);
-  const BlockFormat& layout = *sources.front().format;
-  for (const RawRows& source : sources)
-    if (!layout.packs_like(*source.format))
-      throw std::invalid_argument(std::string(layout.name) + " and " + source.format->name + " rows cannot share one packed matrix");
-  PackedMatrix matrix(layout, rows, cols);
-  pack_panels(target_of(matrix.weight_), sources);
-  return matrix;
+  return packed(packed_shape(sources, cols, false), sources);
 }
 
 PackedMatrix PackedMatrix::pack_dequantized(std::span<const RawRows> sources, int64_t cols) {
-  const int64_t rows = checked_rows(sources, cols);
-  PackedMatrix matrix(block_format("F32"), rows, cols);
-  pack_panels(target_of(matrix.weight_), sources);
-  return matrix;
+  return packed(packed_shape(sources, cols, true), sources);
 }
 
 }  // namespace setpoint

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from setpoint.config import EngineConfig, ModelFacts, Reason, cache_directory, resolve, this_machine
 from setpoint.engine.engine import Engine, Event
@@ -17,12 +19,24 @@ from setpoint.loaders.hub import resolve_model
 from setpoint.models import build_model
 from setpoint.models.spec import Model
 from setpoint.text.chat_template import ChatTemplate
+from setpoint.text.sandbox import SandboxStartError, TemplateSandbox
 from setpoint.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from setpoint.runtime.cpu.runner import CpuRunner
+    from setpoint.runtime.cpu.weight_cache import WeightCache
 
 
 def models_directory() -> Path:
     """Where `setpoint models` keeps what it downloads."""
     return cache_directory() / "models"
+
+
+def weight_cache(limit_bytes: int = 0) -> WeightCache:
+    """Where repacked weights are kept."""
+    from setpoint.runtime.cpu.weight_cache import WeightCache
+
+    return WeightCache(cache_directory() / "packed", limit_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +77,43 @@ def model_facts(model: Model, weight_bytes: int = 0) -> ModelFacts:
 
 def load_model(name: str, *, progress: Progress = silent) -> LoadedModel:
     """Find the files of `name` (downloading them when needed), read the config, build tokenizer and template."""
+    opened = _open_model(name, progress)
+    return LoadedModel(opened.path, opened.checkpoint, opened.model, *_load_text(opened))
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenedModel:
+    path: Path
+    checkpoint: Checkpoint
+    model: Model
+    sandbox: TemplateSandbox | None  # its process starts while other things are done
+
+
+def _open_model(name: str, progress: Progress) -> _OpenedModel:
     path = resolve_model(name, models_directory(), progress=progress)
     checkpoint = open_checkpoint(path)
     model = build_model(checkpoint.config)
-    tokenizer = load_tokenizer(checkpoint.tokenizer, eos_token_ids=checkpoint.generation.eos_token_ids)
-    if len(tokenizer) > model.vocab_size + 1024:
-        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.vocab_size}")
-    return LoadedModel(path, checkpoint, model, tokenizer, _chat_template(checkpoint, tokenizer))
+    return _OpenedModel(path, checkpoint, model, _started_sandbox() if checkpoint.chat_template is not None else None)
 
 
-def _chat_template(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate | None:
+def _started_sandbox() -> TemplateSandbox:
+    sandbox = TemplateSandbox()
+    with contextlib.suppress(SandboxStartError):  # tried again, and told, when the template is compiled
+        sandbox.start()
+    return sandbox
+
+
+def _load_text(opened: _OpenedModel) -> tuple[Tokenizer, ChatTemplate | None]:
+    source, eos_token_ids = opened.checkpoint.tokenizer, opened.checkpoint.generation.eos_token_ids
+    tokenizer = load_tokenizer(source, eos_token_ids=eos_token_ids)
+    if len(tokenizer) > opened.model.vocab_size + 1024:
+        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model {opened.model.vocab_size}")
+    return tokenizer, _chat_template(opened.checkpoint, tokenizer, opened.sandbox)
+
+
+def _chat_template(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, sandbox: TemplateSandbox | None
+) -> ChatTemplate | None:
     if checkpoint.chat_template is None:
         return None
 
@@ -81,7 +122,8 @@ def _chat_template(checkpoint: Checkpoint, tokenizer: Tokenizer) -> ChatTemplate
 
     generation = checkpoint.generation
     eos = generation.eos_token_ids[0] if generation.eos_token_ids else None
-    return ChatTemplate(checkpoint.chat_template, bos_token=text(generation.bos_token_id), eos_token=text(eos))
+    bos_token, eos_token = text(generation.bos_token_id), text(eos)
+    return ChatTemplate(checkpoint.chat_template, bos_token=bos_token, eos_token=eos_token, sandbox=sandbox)
 
 
 def build_engine(
@@ -97,30 +139,24 @@ def build_engine(
 
     phase("opening the model")
     began = clock()
-    loaded = load_model(config.model, progress=progress)
+    opened = _open_model(config.model, progress)
+    resolved, reasons = resolve(config, this_machine(), model_facts(opened.model, opened.checkpoint.num_bytes))
     phases["open"] = clock() - began
-    resolved, reasons = resolve(config, this_machine(), model_facts(loaded.model, loaded.checkpoint.num_bytes))
 
     phase("loading weights")
     began = clock()
-    from setpoint.runtime.cpu.runner import CpuRunner
-
-    assert resolved.max_model_len is not None
-    assert resolved.num_threads is not None
-    assert resolved.kv_cache_memory_bytes is not None
-    runner = CpuRunner(
-        loaded.model,
-        loaded.checkpoint,
-        dtype=resolved.dtype,
-        kv_dtype=resolved.kv_cache_dtype,
-        num_threads=resolved.num_threads,
-        isa=resolved.isa,
-        max_model_len=resolved.max_model_len,
-        max_num_seqs=resolved.max_num_seqs,
-        max_num_batched_tokens=resolved.max_num_batched_tokens,
-        kv_cache_memory_bytes=resolved.kv_cache_memory_bytes,
-    )
-    phases["weights"] = clock() - began
+    runner = _make_runner(opened, resolved)
+    phases["lower"] = clock() - began
+    try:  # the weights come in meanwhile
+        began = clock()
+        tokenizer, chat_template = _load_text(opened)
+        phases["tokenizer"] = clock() - began
+        began = clock()
+        runner.wait_for_weights()
+    except BaseException:
+        runner.close()
+        raise
+    phases["cached weights" if runner.loading.cached else "weights"] = clock() - began
     scheduler = Scheduler(
         runner.info,
         SchedulerLimits(
@@ -134,9 +170,9 @@ def build_engine(
     )
     return Assembly(
         engine=Engine(scheduler, runner, deliver),
-        tokenizer=loaded.tokenizer,
-        chat_template=loaded.chat_template,
-        model=loaded.model,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        model=opened.model,
         config=resolved,
         reasons=reasons,
         model_name=config.model,
@@ -147,6 +183,27 @@ def build_engine(
             "num_gpu_blocks": str(sum(group.num_blocks for group in runner.info.kv_groups)),
         },
         phases=phases,
+    )
+
+
+def _make_runner(opened: _OpenedModel, resolved: EngineConfig) -> CpuRunner:
+    from setpoint.runtime.cpu.runner import CpuRunner
+
+    assert resolved.max_model_len is not None
+    assert resolved.num_threads is not None
+    assert resolved.kv_cache_memory_bytes is not None
+    return CpuRunner(
+        opened.model,
+        opened.checkpoint,
+        dtype=resolved.dtype,
+        kv_dtype=resolved.kv_cache_dtype,
+        num_threads=resolved.num_threads,
+        isa=resolved.isa,
+        max_model_len=resolved.max_model_len,
+        max_num_seqs=resolved.max_num_seqs,
+        max_num_batched_tokens=resolved.max_num_batched_tokens,
+        kv_cache_memory_bytes=resolved.kv_cache_memory_bytes,
+        weight_cache=weight_cache(resolved.weight_cache_bytes),
     )
 
 

@@ -1,6 +1,11 @@
-"""setpoint models list | pull | path | rm"""
+"""setpoint models list | pull | path | rm | cache"""
 
 from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
 
 from setpoint.cli.arguments import Json, Model
 from setpoint.cli.console import DownloadBar, command_app, print_json, printable
@@ -64,3 +69,25 @@ def rm(model: Model) -> None:
     from setpoint.loaders.hub import remove_model
 
     print(f"freed {remove_model(model, models_directory()) / 1e6:.1f} MB")
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove them all; the next start packs again.")] = False,
+    json: Json = False,
+) -> None:
+    """Repacked weights on this machine, which let a model start faster (see --weight-cache-bytes)."""
+    from setpoint.assemble import weight_cache
+
+    kept = weight_cache()
+    if clear:
+        print(f"freed {kept.clear() / 1e6:.1f} MB")
+        return
+    files = kept.files()
+    if json:
+        print_json([{"path": str(file.path), "bytes": file.num_bytes, "used": round(file.used)} for file in files])
+        return
+    for file in files:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used))
+        print(printable(f"{file.num_bytes / 1e6:>9.1f} MB  {used}  {file.path}"))
+    print(f"{sum(file.num_bytes for file in files) / 1e6:>9.1f} MB in {len(files)} files")

@@ -79,6 +79,9 @@ class Checkpoint(Protocol):
     def digest(self) -> str:
         """A cheap identity for cache keys: sizes, modification times and a hash of the header. Not a content hash."""
 
+    def read_ahead(self) -> None:
+        """Ask the system to bring the files into memory, all at once; returns when it has been asked."""
+
     def close(self) -> None:
         """Release the files. Views handed out before stay valid until they are dropped."""
 

@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -16,8 +15,10 @@ from typing import TYPE_CHECKING
 
 from setpoint.errors import ModelDownloadError
 
-if TYPE_CHECKING:
-    import httpx  # loaded when something is downloaded: it is slow to import
+if TYPE_CHECKING:  # both are loaded when something is downloaded: they are slow to import
+    import ssl
+
+    import httpx
 
 Progress = Callable[[str, int, int], None]  # (label, bytes done, bytes in total)
 
@@ -50,6 +51,8 @@ def tls() -> ssl.SSLContext:
 
     Made once: it reads every root certificate.
     """
+    import ssl
+
     system = ssl.create_default_context()
     if system.cert_store_stats()["x509_ca"]:
         return system

@@ -80,6 +80,10 @@ class GGUFCheckpoint:
     def digest(self) -> str:
         return hashlib.sha256("".join(part.digest() for part in self._parts).encode()).hexdigest()
 
+    def read_ahead(self) -> None:
+        for part in self._parts:
+            part.read_ahead()
+
     def close(self) -> None:
         for part in self._parts:
             part.close()

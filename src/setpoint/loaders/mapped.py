@@ -39,6 +39,11 @@ class MappedFile:
     def fail(self, message: str) -> NoReturn:
         raise ModelFileError(f"{self.name}: {message}")
 
+    def read_ahead(self) -> None:
+        """Ask the system to bring the file into memory; returns when it has been asked."""
+        with contextlib.suppress(OSError), self.path.open("rb") as file:  # only advice
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
     def close(self) -> None:
         self.bytes = np.empty(0, np.uint8)
         with contextlib.suppress(BufferError):  # tensors are still in use: the map goes with the last of them

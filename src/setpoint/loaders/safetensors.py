@@ -110,6 +110,10 @@ class SafetensorsCheckpoint:
         parts = [json.dumps(self.config, sort_keys=True), *(shard.digest() for shard in self._shards)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
+    def read_ahead(self) -> None:
+        for shard in self._shards:
+            shard.read_ahead()
+
     def close(self) -> None:
         for shard in self._shards:
             shard.close()

@@ -27,7 +27,7 @@ from setpoint.text.vocabulary import (
     LibraryEncoder,
     Vocabulary,
     check_added_tokens,
-    check_vocabulary_size,
+    checked_lengths,
     longest_in_bytes,
 )
 
@@ -92,7 +92,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
     if kind != "BPE":
         raise UnsupportedModelError(f"tokenizer.json holds a {str(kind)[:64]!r} model; the supported one is BPE")
     vocabulary = model["vocab"]
-    check_vocabulary_size(vocabulary)
+    checked_lengths(vocabulary)
     ids = set(vocabulary.values())
     if len(ids) != len(vocabulary):
         raise ModelFileError("tokenizer.json: two tokens share one id")

@@ -29,7 +29,7 @@ from setpoint.text.vocabulary import (
     LibraryEncoder,
     Vocabulary,
     check_added_tokens,
-    check_vocabulary_size,
+    checked_lengths,
     longest_in_bytes,
 )
 
@@ -49,7 +49,8 @@ class TokenType(IntEnum):
 
 def build_from_metadata(source: TokenizerMetadata) -> Vocabulary:
     """Raises ModelFileError for fields that contradict each other, UnsupportedModelError for an unknown kind."""
-    tokens = _checked_tokens(source.tokens)
+    lengths = checked_lengths(source.tokens)
+    tokens = _named(source.tokens) if lengths.min() == 0 else list(source.tokens)
     types = _checked_types(source, len(tokens))
     for name, token_id in (("bos", source.bos_id), ("eos", source.eos_id), ("unknown", source.unk_id)):
         if token_id is not None and not 0 <= token_id < len(tokens):
@@ -59,10 +60,12 @@ def build_from_metadata(source: TokenizerMetadata) -> Vocabulary:
     check_added_tokens(len(special) + len(user_defined))
     if source.model == "gpt2":
         native, adds_bos, space_prefix = _byte_level(source, tokens, special, user_defined)
+        longest = longest_in_bytes(tokens)
         to_bytes: TokenToBytes = byte_level_bytes
     elif source.model == "llama":
         space_prefix = source.add_space_prefix is not False
-        native, adds_bos = _sentencepiece(source, tokens, types, special | user_defined, space_prefix), True
+        pieces, adds_bos = _sentencepiece(source, tokens, lengths, types, special | user_defined, space_prefix), True
+        native, longest = pieces, pieces.longest
         to_bytes = sentencepiece_bytes
     else:
         raise UnsupportedModelError(
@@ -71,7 +74,7 @@ def build_from_metadata(source: TokenizerMetadata) -> Vocabulary:
     return Vocabulary(
         native=native,
         size=len(tokens),
-        longest_token=longest_in_bytes(tokens),
+        longest_token=longest,
         to_bytes=to_bytes,
         special_ids=special,
         verbatim_ids=special | user_defined,
@@ -91,13 +94,9 @@ def _frame(name: str, token_id: int | None, wanted: bool) -> tuple[int, ...]:
     return (token_id,)
 
 
-def _checked_tokens(tokens: Sequence[str]) -> list[str]:
-    """The texts, all different: an empty one gets a name that no text can merge into."""
-    check_vocabulary_size(tokens)
-    named = list(tokens) if all(tokens) else [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
-    if len(set(named)) != len(named):
-        raise ModelFileError("tokenizer: the same token appears twice")
-    return named
+def _named(tokens: Sequence[str]) -> list[str]:
+    """The texts; an empty one gets a name that no text can merge into."""
+    return [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
 
 
 def _checked_types(source: TokenizerMetadata, num_tokens: int) -> NDArray[np.int64]:
@@ -124,6 +123,8 @@ def _byte_level(
     if len(source.merges) > MAX_MERGES:
         raise ModelFileError(f"tokenizer: {len(source.merges)} merges (at most {MAX_MERGES})")
     vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise ModelFileError("tokenizer: the same token appears twice")
     merges: list[Any] = list(map(tuple, map(str.split, source.merges, repeat(" "), repeat(1))))
     for text, merge in zip(source.merges, merges, strict=True):
         if len(merge) != 2 or merge[0] + merge[1] not in vocabulary:
@@ -140,21 +141,22 @@ def _byte_level(
 def _sentencepiece(
     source: TokenizerMetadata,
     tokens: list[str],
+    lengths: NDArray[np.int64],
     types: NDArray[np.int64],
     added: frozenset[int],
     space_prefix: bool,
-) -> Encoder:
+) -> _native.SentencePiece:
     if source.scores is None or len(source.scores) != len(tokens):
         raise ModelFileError("tokenizer: a llama vocabulary needs one tokenizer.ggml.scores entry per token")
     with np.errstate(over="ignore"):
         scores = np.array(source.scores, np.float32)  # a copy: in the file it may lie at any address
     if not np.isfinite(scores).all():
         raise ModelFileError("tokenizer: a score is not a finite number")
-    if sum(len(token) ** 2 for token in tokens) > MAX_MERGE_WORK:
+    if np.square(lengths).sum() > MAX_MERGE_WORK:
         raise ModelFileError("tokenizer: the tokens are too long to merge texts into them")
     mergeable = types != TokenType.BYTE
     names = list(tokens)
-    present = set(tokens)
+    characters = {tokens[i] for i in np.flatnonzero(lengths == 1).tolist()}  # that have a token of their own
     for i in np.flatnonzero(~mergeable).tolist():
         value = byte_token_value(tokens[i])
         if value is None:
@@ -162,10 +164,10 @@ def _sentencepiece(
         # Byte tokens of ASCII characters that have no token of their own take that character as their text.
         # Gemma has '\t' only as <0x09> but '\t\t' as a token: the merge needs its parts by name.
         character = SPACE if value == 0x20 else chr(value)
-        if value < 0x80 and character not in present:
+        if value < 0x80 and character not in characters:
             names[i], mergeable[i] = character, True
     if source.unk_id is None:
-        known = present.union(names[i] for i in np.flatnonzero(types == TokenType.BYTE).tolist())
+        known = set(names)
         if not all(f"<0x{byte:02X}>" in known or chr(byte) in known for byte in range(0x80, 0x100)):
             raise ModelFileError("tokenizer: no unknown token and not every byte token: some text would vanish")
     mergeable[list(added)] = False

@@ -39,7 +39,7 @@ class SandboxStartError(Exception):
 
 
 class _Process:
-    """One running worker. Not for two threads at once."""
+    """One running worker; it takes a moment to be ready, which the first request waits for. Not for two threads."""
 
     def __init__(self) -> None:
         # Its only variable says where jinja2 is; an environment of ours could hold keys. -P: not among our modules.
@@ -61,11 +61,8 @@ class _Process:
         os.set_blocking(self._from, False)
         self.templates: set[str] = set()  # keys of what it has compiled
         self.end = weakref.finalize(self, _end, self._popen)
-        try:
-            self._answer(time.monotonic() + START_S)
-        except (OSError, SandboxDiedError):
-            self.end()
-            raise SandboxStartError("it ends at once") from None
+        self._is_ready = False
+        self._start_deadline = time.monotonic() + START_S
 
     @property
     def pid(self) -> int:
@@ -75,7 +72,16 @@ class _Process:
     def is_running(self) -> bool:
         return self._popen.poll() is None
 
+    def _wait_until_ready(self) -> None:
+        try:
+            self._answer(self._start_deadline)
+        except (OSError, SandboxDiedError):
+            raise SandboxStartError("it ends at once") from None
+        self._is_ready = True
+
     def ask(self, request: Mapping[str, Any], *, within_s: float) -> dict[str, Any]:
+        if not self._is_ready:
+            self._wait_until_ready()
         content = json.dumps(request, ensure_ascii=False).encode("utf-8")
         deadline = time.monotonic() + within_s
         try:
@@ -131,6 +137,10 @@ class TemplateSandbox:
         self._render_limit_s = render_limit_s
         self._free = threading.BoundedSemaphore(max_processes)
         self._idle: list[_Process] = []
+
+    def start(self) -> None:
+        """Start a process now that the first template will need. Raises SandboxStartError."""
+        self._idle.append(_Process())
 
     def compile(self, source: str) -> dict[str, Any]:
         """{"variables": names it reads, "content": see the worker} or {"error": ..., "message": ...}."""

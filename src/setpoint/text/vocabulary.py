@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer as Library
 
 from setpoint.errors import ModelFileError
@@ -59,14 +61,17 @@ class Vocabulary:
     space_prefix: bool  # a space is put before the text, and dropped from its decoding
 
 
-def check_vocabulary_size(tokens: Collection[str]) -> None:
+def checked_lengths(tokens: Collection[str]) -> NDArray[np.int64]:
+    """Characters of each token. Raises ModelFileError when there are too many tokens or characters, or none."""
     if not 0 < len(tokens) <= MAX_TOKENS:
         raise ModelFileError(f"tokenizer: {len(tokens)} tokens (1 to {MAX_TOKENS})")
-    longest, num_chars = max(map(len, tokens)), sum(map(len, tokens))
+    lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
+    longest, num_chars = int(lengths.max()), int(lengths.sum())
     if longest > MAX_TOKEN_CHARS:
         raise ModelFileError(f"tokenizer: a token of {longest} characters (at most {MAX_TOKEN_CHARS})")
     if num_chars > MAX_VOCABULARY_CHARS:
         raise ModelFileError(f"tokenizer: {num_chars} characters of tokens (at most {MAX_VOCABULARY_CHARS})")
+    return lengths
 
 
 def longest_in_bytes(tokens: Iterable[str]) -> int:

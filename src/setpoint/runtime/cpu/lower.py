@@ -44,15 +44,16 @@ class ProgramOptions:
 
 @dataclass(frozen=True, slots=True)
 class LoweredModel:
-    """`step_bytes`: what a step reads at the least, when its rows are greedy."""
-
     program: _native.Program
     weight_bytes: int
-    step_bytes: int
+    head_bytes: int  # of them the output matrix
+    store: _native.WeightStore  # of the matrices, not packed yet
+    sources: list[object]  # what they are packed from
+    sample_tokens: NDArray[np.int32]  # typical input, to shorten the head with
 
 
 def lower(model: Model, checkpoint: Checkpoint, groups: Sequence[KVGroup], options: ProgramOptions) -> LoweredModel:
-    """Packs every weight and allocates the KV cache of `groups` (one per distinct window).
+    """Gives every matrix its place and allocates the KV cache of `groups` (one per distinct window).
 
     Raises ModelFileError or UnsupportedModelError with the tensor or layer, ConfigError for the options.
     """
@@ -73,15 +74,15 @@ def lower(model: Model, checkpoint: Checkpoint, groups: Sequence[KVGroup], optio
     try:
         lowering = _Lowering(model, program, reader, groups)
         lowering.run()
-        head_bytes = program.shorten_head(sample_tokens(model, groups, options))
+        program.put_shortlist(reader.store)
     except MemoryError as error:
         raise ConfigError(
             "not enough memory for the weights and the KV cache; lower --kv-cache-memory-bytes"
         ) from error
     except ValueError as error:
         raise UnsupportedModelError(f"the model cannot be lowered: {error}") from error
-    step_bytes = reader.num_bytes - (lowering.head_bytes - head_bytes if head_bytes else 0)
-    return LoweredModel(program, reader.num_bytes + head_bytes, step_bytes)
+    tokens = sample_tokens(model, groups, options)
+    return LoweredModel(program, reader.num_bytes, lowering.head_bytes, reader.store, reader.sources, tokens)
 
 
 def sample_tokens(model: Model, groups: Sequence[KVGroup], options: ProgramOptions) -> NDArray[np.int32]:

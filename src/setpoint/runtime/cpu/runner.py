@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from setpoint import _native
 from setpoint.engine.plan import (
     EntryResult,
     LogitsRow,
@@ -22,13 +24,21 @@ from setpoint.models.spec import Model
 from setpoint.runtime.cpu.arrays import ROW_OUTPUT, StepArrays
 from setpoint.runtime.cpu.kv_layout import BLOCK_TOKENS, divide, group_shapes
 from setpoint.runtime.cpu.lower import ProgramOptions, lower
+from setpoint.runtime.cpu.weight_cache import WeightCache
+from setpoint.runtime.cpu.weight_loading import WeightLoading
 
 _BAD_INPUT = (ValueError, TypeError, OverflowError)
 _NO_ROWS = EntryResult()
 
 
+def _finish_loading(program: _native.Program, tokens: NDArray[np.int32], is_cached: bool) -> int:
+    """Bytes of the head's shortlist: 0 for none."""
+    program.commit_kv()
+    return program.take_up_shortlist() if is_cached else program.shorten_head(tokens)
+
+
 class CpuRunner:
-    """A model on the CPU; implements `engine.plan.Runner`. Loads every weight on construction."""
+    """A model on the CPU; implements `engine.plan.Runner`. The weights come in after construction, in other threads."""
 
     def __init__(
         self,
@@ -43,6 +53,7 @@ class CpuRunner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         kv_cache_memory_bytes: int,
+        weight_cache: WeightCache | None = None,
     ) -> None:
         """Raises ConfigError, ModelFileError or UnsupportedModelError."""
         shapes = group_shapes(model, kv_dtype, max_model_len, max_num_batched_tokens)
@@ -51,8 +62,6 @@ class CpuRunner:
         lowered = lower(model, checkpoint, groups, options)
         self.program = lowered.program
         self.isa: str = lowered.program.isa
-        self.weight_bytes = lowered.weight_bytes
-        self.step_bytes = lowered.step_bytes
         self._info = RunnerInfo(model.vocab_size, max_model_len, groups, BLOCK_TOKENS)
         try:
             self._arrays = StepArrays(len(groups), max_num_seqs, max_model_len, BLOCK_TOKENS)
@@ -62,6 +71,27 @@ class CpuRunner:
             ) from error
         self._outputs = self.program.outputs.view(ROW_OUTPUT).reshape(-1)
         self._tokens, self._finite = self._outputs["token"], self._outputs["finite"]
+        self._weight_bytes, self._head_bytes = lowered.weight_bytes, lowered.head_bytes
+        self.loading = WeightLoading(
+            lowered.store,
+            lowered.sources,
+            checkpoint,
+            weight_cache if dtype == "auto" else None,
+            num_threads,
+            partial(_finish_loading, lowered.program, lowered.sample_tokens),
+        )
+        self._is_loaded = False
+
+    @property
+    def weight_bytes(self) -> int:
+        """Waits for the weights, as `step_bytes` does."""
+        self.loading.wait()
+        return self._weight_bytes + self.loading.derived_bytes
+
+    @property
+    def step_bytes(self) -> int:
+        """What a step reads at the least, when its rows are greedy."""
+        return self.weight_bytes - (self._head_bytes if self.loading.derived_bytes else 0)
 
     @property
     def info(self) -> RunnerInfo:
@@ -84,11 +114,19 @@ class CpuRunner:
         self._run(plan.entries, logits)
         return logits
 
+    def wait_for_weights(self) -> None:
+        """Until they are in memory; the first step waits by itself."""
+        self.loading.wait()
+        self._is_loaded = True
+
     def close(self) -> None:
         """Ends the threads and frees weights and cache."""
+        self.loading.close()
         del self.program, self._outputs, self._tokens, self._finite
 
     def _run(self, entries: Sequence[PlanEntry], logits: NDArray[np.float32] | None = None) -> None:
+        if not self._is_loaded:
+            self.wait_for_weights()
         self._arrays.load(entries, logits)
         self.program.step(*self._arrays.arguments)
 
