@@ -205,6 +205,17 @@ std::pair<int, int> rehearse_stages(ThreadPool& pool, int stages, int failing_st
   return {complete, stages == 0 ? 0 : teams.back()};
 }
 
+// The sizes that a team would have after runs of one second that stalled as long as given.
+std::vector<int> rehearse_team_size(int threads, const std::vector<double>& stalled) {
+  TeamSize size(threads);
+  std::vector<int> sizes;
+  for (const double each : stalled) {
+    size.note(1.0, each);
+    sizes.push_back(size.size());
+  }
+  return sizes;
+}
+
 }  // namespace
 
 void bind_program(nb::module_& m) {
@@ -213,6 +224,8 @@ void bind_program(nb::module_& m) {
   m.attr("ROW_RECORD_BYTES") = sizeof(RowRecord);
   m.attr("ROW_OUTPUT_BYTES") = sizeof(RowOutput);
 
+  m.def("rehearse_team_size", &rehearse_team_size, "threads"_a, "stalled"_a,
+        "Sizes of a team after each of some runs of a second that stalled so many seconds; for tests.");
   nb::class_<ThreadPool>(m, "ThreadPool", "The threads of a program alone, for tests.")
       .def(nb::init<int>(), "num_threads"_a)
       .def("rehearse", &rehearse_thread_pool, "rounds"_a, "failing_round"_a = -1,

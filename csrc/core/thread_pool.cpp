@@ -44,7 +44,7 @@ int checked(int num_threads) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) : num_threads_(checked(num_threads)), cpus_(cpus_for(num_threads)) {}
+ThreadPool::ThreadPool(int num_threads) : num_threads_(checked(num_threads)), cpus_(cpus_for(num_threads)), team_size_(num_threads) {}
 
 ThreadPool::~ThreadPool() {
   stopping_ = true;
@@ -54,16 +54,28 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::wait_while(std::atomic<int>& word, int value) {
-  if (!cpus_.empty()) {
-    const auto deadline = std::chrono::steady_clock::now() + kSpin;
-    do {
-      for (int i = 0; i < 64; ++i) {
-        if (word.load(std::memory_order_acquire) != value) return;
-        pause_cpu();
-      }
-    } while (std::chrono::steady_clock::now() < deadline);
-  }
+  if (!spins_while(word, value))
+    while (word.load(std::memory_order_acquire) == value) word.wait(value, std::memory_order_acquire);
+}
+
+void ThreadPool::wait_for_member(std::atomic<int>& word, int value) {
+  if (spins_while(word, value)) return;
+  const auto begin = std::chrono::steady_clock::now();
   while (word.load(std::memory_order_acquire) == value) word.wait(value, std::memory_order_acquire);
+  stalled_ns_.fetch_add(std::chrono::nanoseconds(std::chrono::steady_clock::now() - begin).count(), std::memory_order_relaxed);
+}
+
+// True when the word changed in time.
+bool ThreadPool::spins_while(std::atomic<int>& word, int value) const {
+  if (cpus_.empty()) return word.load(std::memory_order_acquire) != value;
+  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (word.load(std::memory_order_acquire) != value) return true;
+      pause_cpu();
+    }
+  } while (std::chrono::steady_clock::now() < deadline);
+  return false;
 }
 
 void ThreadPool::start_workers() {
@@ -91,7 +103,7 @@ void ThreadPool::work(int cpu) {
 int ThreadPool::enter(int generation) {
   uint64_t door = door_.load(std::memory_order_acquire);
   do {
-    if (door >> 32 != static_cast<uint32_t>(generation) || (door & kClosed) != 0) return 0;
+    if (door >> 32 != static_cast<uint32_t>(generation) || (door & kClosed) != 0 || entered(door) + 1 >= most_) return 0;
   } while (!door_.compare_exchange_weak(door, door + 1, std::memory_order_acq_rel, std::memory_order_acquire));
   return entered(door) + 1;
 }
@@ -99,7 +111,7 @@ int ThreadPool::enter(int generation) {
 bool ThreadPool::admitted(int thread) {
   if (thread == 0) {  // the caller waits a moment: awake threads are here at once
     const auto deadline = std::chrono::steady_clock::now() + kGathering;
-    while (entered(door_.load(std::memory_order_acquire)) < num_threads_ - 1) {
+    while (entered(door_.load(std::memory_order_acquire)) < most_ - 1) {
       if (patient_)
         std::this_thread::yield();
       else if (std::chrono::steady_clock::now() < deadline)
@@ -147,14 +159,17 @@ void ThreadPool::call(int thread) noexcept {
   }
 }
 
-void ThreadPool::run_task(Task task, void* context, int team) {
+void ThreadPool::run_task(Task task, void* context, int team, int most) {
   if (static_cast<int>(workers_.size()) + 1 < num_threads_) start_workers();
   if (num_threads_ > 1 && process_ != getpid())
     throw std::runtime_error("threads do not survive a fork; open the model in the process that uses it");
-  const ScopedPin pin(cpus_.empty() || num_threads_ == 1 ? -1 : cpus_[0]);
+  const ScopedPin pin(cpus_.empty() || most == 1 ? -1 : cpus_[0]);  // a thread alone may evade its neighbours
+  const auto begin = std::chrono::steady_clock::now();
   task_ = task;
   context_ = context;
   team_ = team;
+  most_ = most;
+  stalled_ns_.store(0, std::memory_order_relaxed);
   admitted_.store(team, std::memory_order_relaxed);
   left_.store(0, std::memory_order_relaxed);
   arrived_.store(0, std::memory_order_relaxed);
@@ -169,6 +184,10 @@ void ThreadPool::run_task(Task task, void* context, int team) {
   const uint64_t door = door_.fetch_or(kClosed, std::memory_order_acq_rel);
   next_phase();
   wait_for_leavers(entered(door));
+  if (team < num_threads_ && !cpus_.empty()) {
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+    team_size_.note(seconds.count(), 1e-9 * static_cast<double>(stalled_ns_.load(std::memory_order_relaxed)) / (num_threads_ - 1));
+  }
   if (failed_.load(std::memory_order_acquire)) {
     failed_.store(false, std::memory_order_relaxed);
     std::rethrow_exception(std::exchange(failure_, nullptr));
@@ -193,7 +212,7 @@ bool ThreadPool::arrive(int next_stage) {
 }
 
 void ThreadPool::wait_for_phase_after(int phase) {
-  wait_while(phase_, phase);
+  wait_for_member(phase_, phase);
   if (failed_.load(std::memory_order_acquire)) throw Broken();
 }
 

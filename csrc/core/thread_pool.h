@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "core/team_size.h"
+
 namespace setpoint {
 
 class ThreadPool {
@@ -35,17 +37,18 @@ class ThreadPool {
   // the others and is rethrown here. One caller at a time.
   template <class F>
   void run(F&& fn) {
-    open(num_threads_, [&fn](int thread) { fn(thread); });
+    open(num_threads_, num_threads_, [&fn](int thread) { fn(thread); });
   }
 
   // Calls fn(stage, thread) for the stages [0, stages) in order, with a barrier
   // after each, on a team that begins as whoever is there. A thread whose CPU
   // does something else is not waited for: it joins the team between two
-  // stages. Members have the numbers [0, team()). While a thread waits between
+  // stages, and is left out for a while when the others wait for it too long.
+  // Members have the numbers [0, team()). While a thread waits between
   // stages it calls idle(thread), as in barrier().
   template <class F, class Idle>
   void run_stages(int stages, F&& fn, Idle&& idle) {
-    open(1, [&](int thread) {
+    open(1, patient_ ? num_threads_ : team_size_.size(), [&](int thread) {
       if (!admitted(thread)) return;
       for (int stage = stage_; stage < stages;) {
         fn(stage, thread);
@@ -76,8 +79,8 @@ class ThreadPool {
   struct Broken {};  // thrown out of a barrier after another thread has failed
 
   template <class F>
-  void open(int team, F&& fn) {
-    run_task([](void* context, int thread) { (*static_cast<std::remove_reference_t<F>*>(context))(thread); }, &fn, team);
+  void open(int team, int most, F&& fn) {
+    run_task([](void* context, int thread) { (*static_cast<std::remove_reference_t<F>*>(context))(thread); }, &fn, team, most);
   }
   // A barrier; when `next_stage` is not negative, threads that came late start there.
   template <class F>
@@ -90,7 +93,7 @@ class ThreadPool {
     wait_for_phase_after(phase);
   }
 
-  void run_task(Task task, void* context, int team);
+  void run_task(Task task, void* context, int team, int most);
   void start_workers();
   void work(int cpu);         // index into cpus_
   int enter(int generation);  // the thread's number in this run, or 0 when it is over
@@ -99,8 +102,10 @@ class ThreadPool {
   void next_phase();
   void wait_for_leavers(int number);
   void call(int thread) noexcept;
+  bool spins_while(std::atomic<int>& word, int value) const;
   void wait_while(std::atomic<int>& word, int value);
-  bool arrive(int next_stage);  // true for the last thread, which frees the others
+  void wait_for_member(std::atomic<int>& word, int value);  // counts as stalled what it sleeps
+  bool arrive(int next_stage);                              // true for the last thread, which frees the others
   void wait_for_phase_after(int phase);
 
   const int num_threads_;
@@ -114,16 +119,19 @@ class ThreadPool {
   bool patient_ = false;
   int stage_ = 0;  // where the team goes on; changed while it waits
   int team_ = 1;
+  int most_ = 1;  // members of this run's team
+  TeamSize team_size_;
   std::mutex failure_mutex_;
   std::exception_ptr failure_;
 
   // Each word that threads spin on has a cache line of its own.
-  alignas(64) std::atomic<int> generation_{0};  // counts runs; workers wait for it to change
-  alignas(64) std::atomic<uint64_t> door_{0};   // generation << 32 | closed | workers that entered
-  alignas(64) std::atomic<int> left_{0};        // workers that entered this run and have finished
-  alignas(64) std::atomic<int> arrived_{0};     // threads at the current barrier
-  alignas(64) std::atomic<int> phase_{0};       // counts barriers passed
-  alignas(64) std::atomic<int> admitted_{1};    // team_, for those who wait to be in it
+  alignas(64) std::atomic<int> generation_{0};      // counts runs; workers wait for it to change
+  alignas(64) std::atomic<uint64_t> door_{0};       // generation << 32 | closed | workers that entered
+  alignas(64) std::atomic<int> left_{0};            // workers that entered this run and have finished
+  alignas(64) std::atomic<int> arrived_{0};         // threads at the current barrier
+  alignas(64) std::atomic<int> phase_{0};           // counts barriers passed
+  alignas(64) std::atomic<int> admitted_{1};        // team_, for those who wait to be in it
+  alignas(64) std::atomic<int64_t> stalled_ns_{0};  // of all threads in this run
   alignas(64) std::atomic<bool> failed_{false};
   alignas(64) std::atomic<bool> ended_{false};  // whoever still waits to be admitted may go
 };

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from setpoint._native import ThreadPool
+from setpoint._native import ThreadPool, rehearse_team_size
 
 SIZES = [1, 2, 3, 5]  # more threads than CPUs among them: then waiting sleeps instead of spinning
 
@@ -107,3 +107,19 @@ def test_a_forked_child_is_told_that_its_threads_are_gone() -> None:
 def test_absurd_sizes_are_refused(size: int) -> None:
     with pytest.raises(ValueError, match="num_threads"):
         ThreadPool(size)
+
+
+def test_a_team_shrinks_by_one_while_its_threads_wait_too_long_for_each_other() -> None:
+    assert rehearse_team_size(2, [0.3] * 1000) == [2] * 1000  # one thread would be slower still
+    sizes = rehearse_team_size(2, [0.6] * 5000)
+    assert set(sizes) == {1, 2}
+    assert sizes.count(2) < 0.1 * len(sizes)  # it is tried again, ever less often
+    assert sizes[-1100:].count(2) > 0
+    assert rehearse_team_size(4, [0.3] * 8)[-1] == 3
+    assert rehearse_team_size(1, [1.0] * 100) == [1] * 100
+
+
+def test_a_team_is_whole_again_when_the_neighbour_has_gone() -> None:
+    sizes = rehearse_team_size(2, [0.6] * 100 + [0.0] * 400)
+    assert sizes[40] == 1
+    assert sizes[-1] == 2

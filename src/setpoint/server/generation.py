@@ -157,6 +157,10 @@ class Generation:
         self._error = error
         self._inbox.wake()
 
+    def wake(self) -> None:
+        """Let `next` return, with nothing if nothing has arrived."""
+        self._inbox.wake()
+
     def check_engine(self) -> None:
         if not self._context.engine.is_alive:
             raise EngineDeadError("the engine is not running")

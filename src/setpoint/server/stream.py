@@ -24,10 +24,6 @@ PING = b": ping\n\n"
 Finish = Callable[[str], None]  # called once with how the request ended: "ok", "error", "disconnected", "stalled"
 
 
-class StalledReader(Exception):
-    """The client did not take what we wrote in time."""
-
-
 def event(value: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
 
@@ -46,17 +42,22 @@ class Answer(Response):
         self._extra_headers = headers
         self._finish = finish
         self._error: ApiError | None = None
+        self._clock = asyncio.get_running_loop().time
+        self._moved = self._clock()  # when something last came from the engine
+        self._writing: float | None = None  # since when a write is under way
+        self._is_silent = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ending = "disconnected"
         try:
-            if await _until_disconnect(self._work(scope, receive, send), receive):
+            ended = await _first(self._work(scope, receive, send), _disconnect(receive), self._watch())
+            if ended == 0:
                 ending = "ok" if self._error is None else "error"
-        except StalledReader:
-            ending = "stalled"
-            abort = scope.get("setpoint.abort")
-            if abort is not None:
-                abort()
+            elif ended == 2:
+                ending = "stalled"
+                abort = scope.get("setpoint.abort")
+                if abort is not None:
+                    abort()
         finally:
             self._generation.close()
             self._finish(ending)
@@ -64,12 +65,38 @@ class Answer(Response):
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise NotImplementedError
 
+    async def _watch(self) -> None:
+        """Ends when the client has not taken what we wrote in time; wakes `_next` in a silence.
+
+        One sleeper an answer: a timer for every token and every write is a tenth of what a token costs here.
+        """
+        patience, interval = self._settings.write_timeout_s, self._settings.ping_interval_s
+        while True:
+            now = self._clock()
+            stalls = (now if self._writing is None else self._writing) + patience
+            if stalls <= now:
+                return
+            if self._moved + interval <= now:
+                self._is_silent = True
+                self._moved = now
+                self._generation.wake()
+            await asyncio.sleep(min(stalls, self._moved + interval) - now)
+
+    async def _next(self) -> list[Piece] | None:
+        """The next pieces; None after `ping_interval_s` of silence, in which case the engine still lives."""
+        pieces = await self._generation.next()
+        if self._is_silent:
+            self._is_silent = False
+            if not pieces:
+                self._generation.check_engine()
+                return None
+        self._moved = self._clock()
+        return pieces
+
     async def _write(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        try:
-            async with asyncio.timeout(self._settings.write_timeout_s):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError:
-            raise StalledReader from None
+        self._writing = self._clock()
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+        self._writing = None
 
 
 class JsonAnswer(Answer):
@@ -77,7 +104,7 @@ class JsonAnswer(Answer):
         held: list[list[Piece]] = [[] for _ in self._generation.choices]
         try:
             while not self._generation.is_finished:
-                for piece in await _next(self._generation, self._settings.ping_interval_s) or ():
+                for piece in await self._next() or ():
                     held[piece.index].append(piece)
             body = orjson.dumps(self._form.body([join(pieces) for pieces in held]))
         except Exception as error:
@@ -97,7 +124,7 @@ class EventStream(Answer):
         started = False
         try:
             while not self._generation.is_finished:
-                pieces = await _next(self._generation, self._settings.ping_interval_s)
+                pieces = await self._next()
                 out = PING if pieces is None else self._events(pieces)
                 if out:
                     if not started:
@@ -106,8 +133,6 @@ class EventStream(Answer):
                     await self._write(send, out)
             last = event(self._form.usage_chunk()) if self._generation.job.include_usage else b""
             await self._write(send, last + DONE, more=False)
-        except StalledReader:
-            raise
         except Exception as error:
             self._error = as_api_error(error)
             if not started:
@@ -141,30 +166,18 @@ class EventStream(Answer):
         return bytes(out)
 
 
-async def _next(generation: Generation, interval_s: float) -> list[Piece] | None:
-    """The next pieces; None after `interval_s` of silence, in which case the engine still lives."""
+async def _first(*works: Coroutine[Any, Any, None]) -> int:
+    """Which of these ends first (raising what it raised); the others are cancelled."""
+    tasks = [asyncio.ensure_future(work) for work in works]
     try:
-        async with asyncio.timeout(interval_s):
-            return await generation.next()
-    except TimeoutError:
-        generation.check_engine()
-        return None
-
-
-async def _until_disconnect(work: Coroutine[Any, Any, None], receive: Receive) -> bool:
-    """Run `work` to its end, or cancel it when the client goes; True when it ended by itself."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnect(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-            return True
-        return False
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        ended = next(index for index, task in enumerate(tasks) if task.done())
+        tasks[ended].result()
+        return ended
     finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
