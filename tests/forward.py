@@ -23,7 +23,7 @@ def open_runner(path: Path, **options: Any) -> CpuRunner:
     checkpoint = open_checkpoint(path)
     defaults: dict[str, Any] = {
         "dtype": "auto",
-        "kv_dtype": "f16",
+        "kv_dtype": "s16",
         "num_threads": 2,
         "isa": "auto",
         "max_model_len": 512,

@@ -31,7 +31,7 @@ class CachedSequences {
   CachedSequences(const Shape& shape, int sequences, bool scattered) : shape_(shape), pages_(shape.context / kPageTokens) {
     const ModelShape& m = *shape.model;
     const size_t blocks = size_t(sequences) * size_t(pages_);
-    const size_t bytes = blocks * size_t(m.kv_heads) * kPageTokens * size_t(m.head_dim) * kv_element_bytes(shape.format);
+    const size_t bytes = blocks * size_t(m.kv_heads) * kv_page_bytes(shape.format, m.head_dim);
     k_ = MappedArray<uint8_t>(bytes);
     v_ = MappedArray<uint8_t>(bytes);
     tables_.resize(blocks);
@@ -91,8 +91,8 @@ class AttentionWorkload : public Workload {
   Work work() const override {
     const ModelShape& m = *shape_.model;
     const double seen = shape_.context - (shape_.rows - 1) / 2.;  // tokens, by a row
-    return {4. * m.heads * m.head_dim * seen * shape_.rows * threads_, threads_ * (kv_bytes() + 8. * double(q_.size())), Peak::fp32,
-            cold_ ? 0 : size_t(kv_bytes())};
+    return {4. * m.heads * m.head_dim * seen * shape_.rows * threads_, threads_ * (kv_bytes() + 8. * double(q_.size())),
+            shape_.format == KvFormat::s16 ? Peak::int16 : Peak::fp32, cold_ ? 0 : size_t(kv_bytes())};
   }
   void prepare(int repetitions, int) override {
     first_ += prepared_;
@@ -113,7 +113,7 @@ class AttentionWorkload : public Workload {
 
  private:
   double kv_bytes() const {
-    return 2. * shape_.context * shape_.model->kv_heads * shape_.model->head_dim * double(kv_element_bytes(shape_.format));
+    return 2. * shape_.context / kPageTokens * shape_.model->kv_heads * double(kv_page_bytes(shape_.format, shape_.model->head_dim));
   }
   AttentionArgs arguments(size_t sequence, float* out, float* scratch) {
     AttentionArgs args;
@@ -162,10 +162,11 @@ class KvStoreWorkload : public Workload {
     random.fill_activations(k_.data(), k_.size());
     random.fill_activations(v_.data(), v_.size());
     std::iota(table_.begin(), table_.end(), 0);
-    cache_k_ = cache_v_ = std::vector<uint8_t>(table_.size() * width_ * kPageTokens * kv_element_bytes(format));
+    cache_k_ = cache_v_ = std::vector<uint8_t>(table_.size() * size_t(model.kv_heads) * kv_page_bytes(format, model.head_dim));
   }
   Work work() const override {
-    const double bytes = double(k_.size()) * 2 * (4 + double(kv_element_bytes(format_)));
+    const double stored = 2. * rows_ * model_.kv_heads * double(kv_page_bytes(format_, model_.head_dim)) / kPageTokens;
+    const double bytes = 2. * 4 * double(k_.size()) + stored;
     return {0, bytes * threads_, Peak::fp32, size_t(bytes)};
   }
   void prepare(int, int) override {}
@@ -200,11 +201,13 @@ class KvStoreWorkload : public Workload {
   std::vector<uint8_t> cache_k_, cache_v_;
 };
 
-constexpr std::pair<const char*, KvFormat> kFormats[] = {{"f16", KvFormat::f16}, {"bf16", KvFormat::bf16}, {"f32", KvFormat::f32}};
+constexpr std::pair<const char*, KvFormat> kFormats[] = {
+    {"s16", KvFormat::s16}, {"f16", KvFormat::f16}, {"bf16", KvFormat::bf16}, {"f32", KvFormat::f32}};
 constexpr std::pair<const char*, Pages> kPages[] = {{"cold", Pages::cold}, {"scattered", Pages::scattered}, {"warm", Pages::warm}};
 
 bool is_standard(const Shape& shape, Pages pages) {
-  if (shape.format != KvFormat::f16 || (shape.model->hidden != 576 && shape.context != 4096)) return false;
+  if ((shape.format != KvFormat::s16 && shape.format != KvFormat::f16) || (shape.model->hidden != 576 && shape.context != 4096))
+    return false;
   if (shape.rows > 1) return pages == Pages::warm && shape.context <= 4096 && shape.model->hidden != 896;
   return shape.model->hidden == 576 ? pages != Pages::scattered || shape.context == 8192 : pages == Pages::cold;
 }
@@ -228,7 +231,7 @@ void add_attention_cases(Cases& cases, size_t cold_bytes) {
             }
         for (int rows : {1, 512})
           cases.push_back({"kv_store" + middle + "m" + std::to_string(rows) + "/" + *isa + "/warm",
-                           is_best_isa(*isa) && format == KvFormat::f16 && model.hidden == 576,
+                           is_best_isa(*isa) && (format == KvFormat::s16 || format == KvFormat::f16) && model.hidden == 576,
                            [&model, format = format, rows, isa = *isa](int threads) -> std::unique_ptr<Workload> {
                              return std::make_unique<KvStoreWorkload>(model, format, rows, isa, threads);
                            }});

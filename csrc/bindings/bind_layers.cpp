@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
-#include "kernels/attention.h"
+#include "kernels/attention_codes.h"
 #include "kernels/kernels.h"
 #include "kernels/math.h"
 
@@ -39,7 +39,8 @@ KvFormat format_of(const std::string& name) {
   if (name == "f32") return KvFormat::f32;
   if (name == "f16") return KvFormat::f16;
   if (name == "bf16") return KvFormat::bf16;
-  throw std::invalid_argument("KV format is one of f32, f16, bf16");
+  if (name == "s16") return KvFormat::s16;
+  throw std::invalid_argument("KV format is one of f32, f16, bf16, s16");
 }
 
 Array rms_norm(const std::string& isa, Floats2 x, Floats1 weight, float eps) {
@@ -87,6 +88,7 @@ Array exp_values(const std::string& isa, Floats1 x) {
 
 KvView view_of(KvFormat format, CacheBytes k, CacheBytes v, int kv_heads, int head_dim, BlockTable table, int tokens) {
   check(kv_heads > 0 && head_dim > 0 && tokens >= 0, "kv_heads, head_dim and the token count must be positive");
+  check(format != KvFormat::s16 || (head_dim % 2 == 0 && head_dim <= kMostCodeHeadDim), "s16 needs an even, moderate head_dim");
   const size_t blocks = std::min(k.shape(0), v.shape(0)) / (kv_heads * kv_page_bytes(format, head_dim));
   check(static_cast<size_t>(tokens) <= table.shape(0) * kPageTokens, "the block table is too short");
   for (size_t i = 0; i < table.shape(0); ++i)

@@ -72,7 +72,8 @@ KvFormat kv_format(const std::string& name) {
   if (name == "f32") return KvFormat::f32;
   if (name == "f16") return KvFormat::f16;
   if (name == "bf16") return KvFormat::bf16;
-  throw std::invalid_argument("unknown KV format '" + name + "'; one of f16, bf16, f32");
+  if (name == "s16") return KvFormat::s16;
+  throw std::invalid_argument("unknown KV format '" + name + "'; one of f16, bf16, f32, s16");
 }
 
 Activation activation(const std::string& name) {

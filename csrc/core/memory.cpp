@@ -11,7 +11,6 @@ namespace setpoint {
 
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kPage = 4096;
 
 [[maybe_unused]] size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
@@ -32,6 +31,8 @@ void unmap_memory(void* address, size_t) noexcept { std::free(address); }
 bool map_file_over(void*, size_t, int, uint64_t) { return false; }  // the heap is no mapping
 
 void clear_memory(void* address, size_t bytes) { std::memset(address, 0, bytes); }
+
+void commit_memory(void*, size_t) noexcept {}
 
 #else
 
@@ -67,6 +68,12 @@ void clear_memory(void* address, size_t bytes) {
   if (mmap(address, mapped, PROT_READ | PROT_WRITE, kFlags, -1, 0) == MAP_FAILED) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
   madvise(address, mapped, MADV_HUGEPAGE);
+#endif
+}
+
+void commit_memory([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes) noexcept {
+#if defined(MADV_POPULATE_WRITE)
+  madvise(address, bytes, MADV_POPULATE_WRITE);
 #endif
 }
 

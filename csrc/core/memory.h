@@ -19,6 +19,11 @@ bool map_file_over(void* address, size_t bytes, int file, uint64_t offset);
 // Zeros in the place of what is there now, without touching a page.
 void clear_memory(void* address, size_t bytes);
 
+constexpr size_t kHugePage = size_t{2} << 20;
+
+// Commits pages of such memory before they are touched; does nothing where the system cannot.
+void commit_memory(void* address, size_t bytes) noexcept;
+
 // An owned array of plain values, zero-initialized and never resized.
 template <class T>
 class MappedArray {

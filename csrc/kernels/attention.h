@@ -1,4 +1,5 @@
 // Paged attention, to the bit: what kernels.h leaves open. ref/attention.cpp is this text as plain loops.
+// Blocks of the integer format are attention_codes.h's; splits and their merge are the same.
 //
 // Scores of a row's visible tokens in one 64-token block:
 //   s_t = (fma over d ascending from 0 of q_d * k_td) * scale        one accumulator per (q head, token)
@@ -30,7 +31,7 @@ namespace setpoint {
 constexpr int kLane16 = 16;
 constexpr int kAttentionTileQueries = 6;  // (row, head) pairs that share a load of K and V in the x86 variants
 
-constexpr int kAttentionTileFloats = 48;  // of scratch that such a tile's record takes
+constexpr int kAttentionTileFloats = 64;  // of scratch that such a tile's record takes
 
 struct TokenRange {
   int begin, end;
@@ -44,12 +45,21 @@ struct TokenRange {
 SETPOINT_INLINE constexpr size_t kv_element_bytes(KvFormat format) { return format == KvFormat::f32 ? 4 : 2; }
 
 SETPOINT_INLINE size_t kv_page_bytes(KvFormat format, int head_dim) {
-  return kv_element_bytes(format) * kPageTokens * static_cast<size_t>(head_dim);
+  const size_t scales = format == KvFormat::s16 ? kPageTokens * sizeof(float) : 0;
+  return kv_element_bytes(format) * kPageTokens * static_cast<size_t>(head_dim) + scales;
 }
 
 // Bytes from the start of k, and of v, to the page of a block and head.
 SETPOINT_INLINE size_t page_offset(const KvView& kv, int block, int kv_head) {
   return (static_cast<size_t>(block) * kv.kv_heads + kv_head) * kv_page_bytes(kv.format, kv.head_dim);
+}
+
+// The sum of a block's probabilities; `p` is overwritten.
+SETPOINT_INLINE float sum_of_block(float* p) {
+  for (int i = 0; i < kLane16; ++i) p[i] = ((p[i] + p[i + 16]) + p[i + 32]) + p[i + 48];
+  for (int width = kLane16 / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) p[i] = p[i] + p[i + width];
+  return p[0];
 }
 
 // o rows in scratch are padded to whole 16-lane vectors.

@@ -67,7 +67,7 @@ struct MatmulArgs {
 };
 
 // ------------------------------------------------------------------------------------------------ paged KV cache
-enum class KvFormat : uint8_t { f32, f16, bf16 };
+enum class KvFormat : uint8_t { f32, f16, bf16, s16 };  // s16: codes with a scale per (token, head), attention_codes.h
 
 // One layer's cache. K page: [head_dim][16 tokens]; V page: [16 tokens][head_dim]. The pages of a block's heads follow each
 // other, and so do blocks: page of (block b, kv head h) at (b * kv_heads + h) * kv_page_bytes(format, head_dim), see attention.h.

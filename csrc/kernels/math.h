@@ -55,6 +55,24 @@ SETPOINT_INLINE float exp_scalar(float x) {
   return p * float_of(static_cast<uint32_t>(half + 127) << 23) * float_of(static_cast<uint32_t>(exponent - half + 127) << 23);
 }
 
+// 2^x for x <= 1 or so: 2^n by the exponent, minimax polynomial of the rest (relative error 1e-7). exp2(0) = 1. Below -125
+// the result stays 2^-125.
+constexpr float kExp2Lowest = -125.f;
+constexpr float kExp2C5 = 0x1.5bba14p-10f, kExp2C4 = 0x1.3cea88p-7f, kExp2C3 = 0x1.c6b752p-5f, kExp2C2 = 0x1.ebf9bcp-3f,
+                kExp2C1 = 0x1.62e42ap-1f;
+
+SETPOINT_INLINE float exp2_scalar(float x) {
+  x = kExp2Lowest > x ? kExp2Lowest : x;
+  const float shifted = x + kRoundShift;
+  const float f = x - (shifted - kRoundShift);
+  float p = __builtin_fmaf(kExp2C5, f, kExp2C4);
+  p = __builtin_fmaf(p, f, kExp2C3);
+  p = __builtin_fmaf(p, f, kExp2C2);
+  p = __builtin_fmaf(p, f, kExp2C1);
+  p = __builtin_fmaf(p, f, 1.f);
+  return float_of(bits_of(p) + (bits_of(shifted) << 23));
+}
+
 // x * sigmoid(x). Below -88.7 the true value (< 1e-36) becomes -0.
 SETPOINT_INLINE float silu_scalar(float x) { return x / (1.f + exp_scalar(-x)); }
 

@@ -32,6 +32,7 @@ void AttentionStage::reserve(const KvView& kv, const Limits& limits, int threads
   const size_t entry = static_cast<size_t>(heads_ / kv.kv_heads) * static_cast<size_t>(kv.head_dim + 2);
   items_.reserve(whole + partial_floats(kv, heads_, limits.max_model_len, threads) / entry);
   merges_.reserve(tiles);
+  runs_ = std::vector<Run>(static_cast<size_t>(threads));
 }
 
 AttentionStage::Range AttentionStage::splits_of(const Step& step, const Batch::Tile& tile) const {
@@ -55,9 +56,12 @@ void AttentionStage::prepare(const Step& step) {
   partials_used_ = 0;
   items_.clear();
   merges_.clear();
-  next_.store(0, std::memory_order_relaxed);
   // Late tiles see most tokens: first, so that the short ones even out the end.
   for (int tile = static_cast<int>(tiles.size()) - 1; tile >= 0; --tile) cut(step, tile);
+  for (size_t run = 0; run < runs_.size(); ++run) {
+    runs_[run].next.store(items_.size() * run / runs_.size(), std::memory_order_relaxed);
+    runs_[run].end = items_.size() * (run + 1) / runs_.size();
+  }
 }
 
 // Heads stay together for a single row, which then reads memory in order; several rows use what they read more than once,
@@ -95,8 +99,12 @@ float* AttentionStage::take_partials(const Step& step, size_t floats) {
 }
 
 void AttentionStage::run(const Step& step, int thread) {
-  for (size_t i = next_.fetch_add(1, std::memory_order_relaxed); i < items_.size(); i = next_.fetch_add(1, std::memory_order_relaxed))
-    run_item(step, items_[i], thread);
+  for (size_t i = 0; i < runs_.size(); ++i) {
+    Run& run = runs_[(static_cast<size_t>(thread) + i) % runs_.size()];
+    for (size_t item = run.next.fetch_add(1, std::memory_order_relaxed); item < run.end;
+         item = run.next.fetch_add(1, std::memory_order_relaxed))
+      run_item(step, items_[item], thread);
+  }
   if (merges_.empty()) return;
   step.pool.barrier();
   merge(step, thread);

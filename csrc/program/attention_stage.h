@@ -1,6 +1,7 @@
 // Attention of one layer, shared out in items: a tile of query rows, some kv heads, some 512-token splits of the context.
-// Threads take items from a counter. Tiles that are more than their share of the step's work are cut by heads, then by
-// splits, whose partial results are merged afterwards: the same bits either way.
+// Every thread takes a run of items, whose blocks follow each other in memory, then what is left of the others' runs. Tiles that are more
+// than their share of the step's work are cut by heads, then by splits, whose partial results are merged afterwards: the same bits either
+// way.
 #pragma once
 #include <atomic>
 
@@ -16,7 +17,7 @@ class AttentionStage : public Stage {
   void prepare(const Step& step) override;
   void run(const Step& step, int thread) override;
 
-  // Makes room for the items of any step, which then allocates nothing.
+  // Makes room for the items of any step, which then allocates nothing. Before the first one.
   void reserve(const KvView& kv, const Limits& limits, int threads);
 
   // Floats a program must reserve for this stage in Workspace::partials, and per thread in attention_scratch.
@@ -40,6 +41,11 @@ class AttentionStage : public Stage {
     const float* partial = nullptr;  // [rows][heads_][splits][head_dim + 2]
   };
 
+  struct alignas(64) Run {
+    std::atomic<size_t> next{0};
+    size_t end = 0;
+  };
+
   Range splits_of(const Step& step, const Batch::Tile& tile) const;
   long cost_of(const Step& step, const Batch::Tile& tile) const;
   // Whether `cost` in `pieces` is no more than a part of the step each.
@@ -57,7 +63,7 @@ class AttentionStage : public Stage {
   size_t partials_used_ = 0;
   std::vector<Item> items_;
   std::vector<Merge> merges_;
-  alignas(64) std::atomic<size_t> next_{0};
+  std::vector<Run> runs_;  // per thread
 };
 
 }  // namespace setpoint

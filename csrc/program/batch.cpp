@@ -32,6 +32,7 @@ Batch::Batch(const Limits& limits, const std::vector<KvGroup>& groups)
     : limits_(limits),
       groups_(groups),
       table_width_(round_up((limits.max_model_len + kPageTokens - 1) / kPageTokens, kBlockPages)),
+      highest_blocks_(groups.size()),
       entry_of_(index(limits.max_tokens)),
       positions_(index(limits.max_tokens)),
       tables_(groups.size() * index(limits.max_entries) * index(table_width_)) {
@@ -82,6 +83,7 @@ void Batch::load_tables(const StepInputs& inputs) {
   if (inputs.tables.size() != groups_.size()) refuse("one set of block tables per KV group is needed");
   for (size_t g = 0; g < groups_.size(); ++g) {
     const BlockTables& given = inputs.tables[g];
+    highest_blocks_[g] = 0;
     for (size_t e = 0; e < entries_.size(); ++e) {
       const Entry& entry = entries_[e];
       const int last = (entry.position + (entry.end - entry.begin) - 1) / kPageTokens;
@@ -96,6 +98,7 @@ void Batch::load_tables(const StepInputs& inputs) {
         if (source[block] < 0 || source[block] >= groups_[g].num_blocks)
           refuse("entry " + std::to_string(e) + ": block id outside the pool");
         table[block] = source[block];
+        highest_blocks_[g] = std::max(highest_blocks_[g], source[block]);
       }
       std::fill(table + last + 1, table + round_up(last + 1, kBlockPages), 0);
     }

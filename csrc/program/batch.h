@@ -75,6 +75,7 @@ class Batch {
   int last_position() const { return last_position_; }
   int entry_of(int row) const { return entry_of_[static_cast<size_t>(row)]; }
   int position_of(int row) const { return positions_[static_cast<size_t>(row)]; }
+  int highest_block(int group) const { return highest_blocks_[static_cast<size_t>(group)]; }
   // Logical block -> block id. Blocks that no query sees are 0, and the table
   // is readable to the end of the last 64-token attention block: a kernel may
   // load a page whose tokens are all masked.
@@ -92,6 +93,7 @@ class Batch {
   std::vector<Entry> entries_;
   std::vector<Tile> tiles_;
   int last_position_ = 0;
+  std::vector<int> highest_blocks_;            // per group
   MappedArray<int32_t> entry_of_, positions_;  // [max_tokens]
   MappedArray<int32_t> tables_;                // [groups][max_entries][table_width]
 };

@@ -33,11 +33,16 @@ class KvCache {
   int window_of(int layer) const { return groups_[static_cast<size_t>(group_of(layer))].window; }
   size_t bytes() const;
 
+  // Commits the huge page after the one that `highest_block` lies in, for a part of the group's layers that grows with the
+  // block's place in it: what all layers need at the same block is never first touched in one step.
+  void commit_ahead(int group, int highest_block);
+
  private:
   struct Layer {
     int group = 0;
     KvView view;
     MappedArray<uint8_t> k, v;
+    size_t committed = 0;  // bytes of each
   };
   KvFormat format_;
   std::vector<KvGroup> groups_;

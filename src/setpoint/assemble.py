@@ -72,7 +72,8 @@ def model_facts(model: Model, weight_bytes: int = 0) -> ModelFacts:
 
     layers = model.layers.layers
     values = sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in layers)
-    return ModelFacts(model.max_position, values, weight_bytes, step_bytes_per_token(model))
+    vectors = sum(2 * layer.attention.kv_heads for layer in layers)
+    return ModelFacts(model.max_position, values, vectors, weight_bytes, step_bytes_per_token(model))
 
 
 def load_model(name: str, *, progress: Progress = silent) -> LoadedModel:

@@ -19,7 +19,7 @@ GIB = 1 << 30
 MAX_CONTEXT = 1 << 25
 
 Dtype = Literal["auto", "f32"]
-KVCacheDtype = Literal["auto", "f16", "bf16", "f32"]
+KVCacheDtype = Literal["auto", "s16", "f16", "bf16", "f32"]
 Isa = Literal["auto", "ref", "avx2", "avx512_vnni"]
 
 
@@ -86,7 +86,10 @@ class EngineConfig:
         lossy=True,
     )
     kv_cache_dtype: KVCacheDtype = knob(
-        "auto", "Number format of the KV cache; auto is f16, and f32 under --dtype f32.", choices=get_args(KVCacheDtype)
+        "auto",
+        "Number format of the KV cache: s16 is 16-bit integers with a scale per token and head; auto is s16, and f32 "
+        "under --dtype f32.",
+        choices=get_args(KVCacheDtype),
     )
     max_model_len: int | None = knob(
         None,
@@ -176,12 +179,17 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """The facts of the model that `resolve` uses. `kv_bytes_per_token` is for the resolved cache format's two bytes."""
+    """The facts of the model that `resolve` uses."""
 
     max_position: int
     kv_values_per_token: int  # K and V numbers a token adds over all layers
+    kv_vectors_per_token: int = 0  # that they are in: one K and one V for each kv head
     weight_bytes: int = 0  # at least; they are in memory before the cache is
     step_bytes_per_token: int = 0  # what a step works in, for each token of --max-num-batched-tokens
+
+    def kv_bytes_per_token(self, kv_dtype: str) -> int:
+        scales = 4 * self.kv_vectors_per_token if kv_dtype == "s16" else 0
+        return self.kv_values_per_token * (4 if kv_dtype == "f32" else 2) + scales
 
 
 def resolve(config: EngineConfig, machine: Machine, model: ModelFacts) -> tuple[EngineConfig, list[Reason]]:
@@ -192,8 +200,8 @@ def resolve(config: EngineConfig, machine: Machine, model: ModelFacts) -> tuple[
     derived: dict[str, tuple[Any, str]] = {}
     kv_dtype = config.kv_cache_dtype
     if kv_dtype == "auto":
-        kv_dtype = "f32" if config.dtype == "f32" else "f16"
-        derived["kv_cache_dtype"] = (kv_dtype, "f16 halves the cache and stays within quality; f32 for the reference")
+        kv_dtype = "f32" if config.dtype == "f32" else "s16"
+        derived["kv_cache_dtype"] = (kv_dtype, "s16 is as exact as f16 and faster; f32 for the reference")
     context = config.max_model_len
     if context is None:
         context = model.max_position
@@ -219,7 +227,7 @@ def resolve(config: EngineConfig, machine: Machine, model: ModelFacts) -> tuple[
             f"steps of {config.max_num_batched_tokens} tokens work in {step_bytes / GIB:.1f} GiB, more than weights "
             "leave free; lower --max-num-batched-tokens"
         )
-    token_bytes = model.kv_values_per_token * (4 if kv_dtype == "f32" else 2)
+    token_bytes = model.kv_bytes_per_token(kv_dtype)
     kv_bytes = config.kv_cache_memory_bytes
     if kv_bytes is None:
         most = token_bytes * context * config.max_num_seqs

@@ -8,7 +8,9 @@ import pytest
 from setpoint import _native as native
 
 PAGE, SPLIT = 16, 512
-FORMATS = ("f32", "f16", "bf16")
+FLOATS = ("f32", "f16", "bf16")
+FORMATS = (*FLOATS, "s16")
+LARGEST_CODE = np.float32(8191)
 
 
 def available(isa: str) -> bool:
@@ -33,7 +35,24 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
     return ((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
+def codes_and_scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The s16 form of vectors x [..., head_dim]."""
+    top = np.abs(x).max(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        lost = ~(np.isfinite(top) & (top >= np.float32(2**-100)))
+        codes = np.where(lost, 0, np.rint(x * (LARGEST_CODE / top)))
+        scale = np.where(lost, np.where(np.isfinite(top), np.float32(0), np.float32(np.nan)), top / LARGEST_CODE)
+    return codes.astype(np.int16), scale.astype(np.float32)
+
+
+def page_bytes(kv_format: str, head_dim: int) -> int:
+    return PAGE * head_dim * (4 if kv_format == "f32" else 2) + (PAGE * 4 if kv_format == "s16" else 0)
+
+
 def through_format(x: np.ndarray, kv_format: str) -> np.ndarray:
+    if kv_format == "s16":
+        codes, scale = codes_and_scale(x)
+        return codes * scale
     if kv_format == "f16":
         return x.astype(np.float16).astype(np.float32)
     if kv_format == "bf16":
@@ -79,8 +98,7 @@ class Sequence:
 
 def nan_caches(kv_format: str, blocks: int, kv_heads: int, head_dim: int) -> list[np.ndarray]:
     """k and v caches in which every slot is NaN, in each of the formats."""
-    element = 4 if kv_format == "f32" else 2
-    return [np.full(blocks * kv_heads * PAGE * head_dim * element, 0xFF, np.uint8) for _ in "kv"]
+    return [np.full(blocks * kv_heads * page_bytes(kv_format, head_dim), 0xFF, np.uint8) for _ in "kv"]
 
 
 def make_sequence(
@@ -127,7 +145,7 @@ def stored(isa: str, kv_format: str, x: np.ndarray, kv_heads: int, head_dim: int
 
 
 @pytest.mark.parametrize("isa", ["ref", *FAST])
-@pytest.mark.parametrize("kv_format", FORMATS)
+@pytest.mark.parametrize("kv_format", FLOATS)
 def test_store_rounds_to_nearest_even_and_saturates(isa: str, kv_format: str) -> None:
     x = awkward_floats()
     k, v = stored(isa, kv_format, x, 2, 32)
@@ -145,6 +163,36 @@ def test_store_rounds_to_nearest_even_and_saturates(isa: str, kv_format: str) ->
         if kv_format != "f32":
             infinity = 0x7C00 if kv_format == "f16" else 0x7F80
             assert np.all((actual[nan] & 0x7FFF) > infinity)
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST])
+@pytest.mark.parametrize("head_dim", [8, 64, 80])
+def test_store_of_integers(isa: str, head_dim: int) -> None:
+    """One scale per (token, head), codes to nearest even; nothing that is lost is hidden."""
+    rng = np.random.default_rng(3)
+    x = (rng.normal(size=(33, 2, head_dim)) * 10.0 ** rng.integers(-20, 20, size=(33, 2, 1))).astype(np.float32)
+    x[1, 0] = 0
+    x[2, 1, 3:5] = 1e-35  # below what 16 bits beside the others can hold
+    x[3, 0] = 1e-38
+    x[4, 1, 5] = np.inf
+    x[5, 0, 7] = np.nan
+    x[6, 1, :2] = -np.inf, np.nan
+    x[7] = np.arange(2 * head_dim).reshape(2, -1) - 8190.5  # halves, with a greatest magnitude of 8191
+    x[7, :, 0] = 8191
+    caches = nan_caches("s16", 3, 2, head_dim)
+    rows = x.reshape(33, -1)
+    native.kernels_kv_store(isa, "s16", *caches, 2, np.arange(3, dtype=np.int32), 0, rows, rows)
+    codes, scale = codes_and_scale(x)
+    pages = [cache.reshape(3, 2, -1) for cache in caches]
+    halves = [page[..., :-64].copy().view(np.int16) for page in pages]
+    k = halves[0].reshape(3, 2, head_dim // 2, PAGE, 2).transpose(0, 3, 1, 2, 4).reshape(48, 2, head_dim)
+    v = halves[1].reshape(3, 2, PAGE // 2, head_dim, 2).transpose(0, 2, 4, 1, 3).reshape(48, 2, head_dim)
+    for stored_codes, page in ((k, pages[0]), (v, pages[1])):
+        np.testing.assert_array_equal(stored_codes[:33], codes)
+        assert np.all(stored_codes[33:] == -1)  # neighbours untouched
+        scales = page[..., -64:].copy().view(np.float32).transpose(0, 2, 1).reshape(48, 2)
+        np.testing.assert_array_equal(scales[:33], scale[..., 0])
+        assert np.all(np.isnan(scales[33:]))
 
 
 @pytest.mark.parametrize("isa", FAST)
@@ -194,15 +242,21 @@ def test_ref_is_softmax_attention(shape: tuple[int, int, int], kv_format: str) -
     for position, rows in SPANS:
         for window in WINDOWS:
             actual = s.attention("ref", position, rows, window=window)
-            np.testing.assert_allclose(actual, s.exact(position, rows, window), rtol=0, atol=1e-5)
+            np.testing.assert_allclose(actual, s.exact(position, rows, window), rtol=0, atol=tolerance(kv_format))
 
 
-def test_ref_is_softmax_attention_across_splits() -> None:
-    s = make_sequence(1100, group=2)
+def tolerance(kv_format: str) -> float:
+    """s16 rounds queries and probabilities too, to 14 bits of the greatest."""
+    return 4e-3 if kv_format == "s16" else 1e-5
+
+
+@pytest.mark.parametrize("kv_format", ["f16", "s16"])
+def test_ref_is_softmax_attention_across_splits(kv_format: str) -> None:
+    s = make_sequence(1100, group=2, kv_format=kv_format)
     for position, rows in LONG_SPANS:
         for window in (0, 300, 512, 600):
             actual = s.attention("ref", position, rows, window=window)
-            np.testing.assert_allclose(actual, s.exact(position, rows, window), rtol=0, atol=1e-5)
+            np.testing.assert_allclose(actual, s.exact(position, rows, window), rtol=0, atol=tolerance(kv_format))
 
 
 # ------------------------------------------------------------------------------------------------- the same answer
@@ -224,8 +278,9 @@ def test_fast_attention_has_the_bits_of_ref(isa: str, shape: tuple[int, int, int
 
 @pytest.mark.parametrize("isa", FAST)
 @pytest.mark.parametrize("group", range(1, 17))
-def test_every_group_size(isa: str, group: int) -> None:
-    s = make_sequence(90, head_dim=32, group=group)
+@pytest.mark.parametrize("kv_format", ["f16", "s16"])
+def test_every_group_size(isa: str, group: int, kv_format: str) -> None:
+    s = make_sequence(90, head_dim=32, group=group, kv_heads=2, kv_format=kv_format)
     for position, rows in ((77, 1), (70, 5)):
         assert_equals_ref(s, isa, position, rows)
 
@@ -241,8 +296,9 @@ def test_fast_attention_has_the_bits_of_ref_across_splits(isa: str, kv_format: s
 
 @pytest.mark.parametrize("isa", ["ref", *FAST])
 @pytest.mark.parametrize("window", [0, 5, 64, 200])
-def test_a_row_is_the_same_alone_and_in_any_chunk(isa: str, window: int) -> None:
-    s = make_sequence(580, head_dim=16, group=2, spread=4.0)
+@pytest.mark.parametrize("kv_format", ["f16", "s16"])
+def test_a_row_is_the_same_alone_and_in_any_chunk(isa: str, window: int, kv_format: str) -> None:
+    s = make_sequence(580, head_dim=16, group=2, spread=4.0, kv_format=kv_format)
     alone = np.concatenate([s.attention(isa, t, 1, window=window) for t in range(580)])
     for chunk in (2, 3, 7, 16):
         chunked = [s.attention(isa, t, min(chunk, 580 - t), window=window) for t in range(0, 580, chunk)]
@@ -250,10 +306,11 @@ def test_a_row_is_the_same_alone_and_in_any_chunk(isa: str, window: int) -> None
 
 
 @pytest.mark.parametrize("isa", FAST)
-def test_extreme_scores_keep_the_bits_of_ref(isa: str) -> None:
+@pytest.mark.parametrize("kv_format", ["f32", "s16"])
+def test_extreme_scores_keep_the_bits_of_ref(isa: str, kv_format: str) -> None:
     """Large spreads make most probabilities underflow, and rescale by zero."""
     for seed, spread in enumerate((30.0, 300.0, 3000.0)):
-        s = make_sequence(600, kv_format="f32", head_dim=16, spread=spread, seed=seed)
+        s = make_sequence(600, kv_format=kv_format, head_dim=16, spread=spread, seed=seed)
         s.v[:] = 0
         for position, rows in ((590, 9), (63, 3), (127, 16)):
             assert_same_bits(s.attention(isa, position, rows), s.attention("ref", position, rows))
@@ -286,8 +343,9 @@ def test_the_maximum_of_zero_scores_is_plus_zero(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ["ref", *FAST])
-def test_pages_below_the_window_are_never_read(isa: str) -> None:
-    s = make_sequence(700, head_dim=32)
+@pytest.mark.parametrize("kv_format", ["f16", "s16"])
+def test_pages_below_the_window_are_never_read(isa: str, kv_format: str) -> None:
+    s = make_sequence(700, head_dim=32, kv_format=kv_format)
     for position, rows, window in ((699, 1, 100), (600, 16, 64), (530, 16, 10), (512, 2, 1)):
         table = s.block_table.copy()
         table[: (position - window + 1) // PAGE] = -1
@@ -334,9 +392,10 @@ def test_partial_then_merge_is_the_direct_result(isa: str, kv_format: str) -> No
 
 
 @pytest.mark.parametrize("isa", ["ref", *FAST])
-def test_heads_may_be_shared_out(isa: str) -> None:
+@pytest.mark.parametrize("kv_format", ["f16", "s16"])
+def test_heads_may_be_shared_out(isa: str, kv_format: str) -> None:
     """A call for some of the heads writes what the call for all of them writes there, and nothing else."""
-    s = make_sequence(700, kv_heads=3, group=3, head_dim=24)
+    s = make_sequence(700, kv_heads=3, group=3, head_dim=24, kv_format=kv_format)
     for position, rows in ((699, 1), (600, 16)):
         for window in (0, 100):
             whole = s.attention(isa, position, rows, window=window)
@@ -351,8 +410,52 @@ def test_heads_may_be_shared_out(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ["ref", *FAST])
-def test_nan_in_a_visible_token_is_not_hidden(isa: str) -> None:
-    s = make_sequence(20, head_dim=16, kv_format="f32")
+def test_integer_slots_without_a_token_never_reach_an_output(isa: str) -> None:
+    """A token's codes share words with its neighbour's, which may not be there yet."""
+    s = make_sequence(40, head_dim=16, kv_format="s16")
+    clean = {position: s.attention(isa, position, 1) for position in (32, 33, 38)}
+    for position, expected in clean.items():
+        short = nan_caches("s16", len(s.k_cache) // page_bytes("s16", 16), 1, 16)
+        flat = (s.k[: position + 1].reshape(position + 1, -1), s.v[: position + 1].reshape(position + 1, -1))
+        native.kernels_kv_store(isa, "s16", *short, 1, s.block_table, 0, *flat)
+        s.k_cache, s.v_cache = short
+        assert_same_bits(s.attention(isa, position, 1), expected)
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST])
+@pytest.mark.parametrize("poisoned", ["k", "v"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_integers_cannot_hold_is_not_hidden(isa: str, poisoned: str, value: float) -> None:
+    s = make_sequence(100, head_dim=16, kv_format="s16", kv_heads=2)
+    getattr(s, poisoned)[70, 1, 3] = value
+    flat = (s.k.reshape(100, -1), s.v.reshape(100, -1))
+    native.kernels_kv_store(isa, "s16", s.k_cache, s.v_cache, 2, s.block_table, 0, *flat)
+    out = s.attention(isa, 68, 4).reshape(4, 2, 3, 16)
+    assert np.isnan(out[2:, 1]).all()
+    assert not np.isnan(out[:2]).any()
+    assert not np.isnan(out[:, 0]).any()
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST])
+@pytest.mark.parametrize("outlier", [20.0, 100.0])
+def test_outlier_channels_cost_no_more_than_f16(isa: str, outlier: float) -> None:
+    """Two K channels far above the others, as biases make them: the one scale is theirs."""
+    errors = {}
+    for kv_format in ("f16", "s16"):
+        s = make_sequence(300, kv_heads=2, kv_format=kv_format, spread=1.0)
+        s.k[..., [5, 40]] *= outlier
+        s.q.reshape(300, -1, 64)[..., [5, 40]] /= outlier / 20
+        flat = (s.k.reshape(300, -1), s.v.reshape(300, -1))
+        native.kernels_kv_store(isa, kv_format, s.k_cache, s.v_cache, 2, s.block_table, 0, *flat)
+        exact = Sequence("f32", 2, 3, 64, s.k, s.v, s.q, s.k_cache, s.v_cache, s.block_table).exact(290, 8)
+        errors[kv_format] = np.linalg.norm(s.attention(isa, 290, 8) - exact) / np.linalg.norm(exact)
+    assert errors["s16"] <= max(2 * errors["f16"], outlier * 1e-4)
+
+
+@pytest.mark.parametrize("isa", ["ref", *FAST])
+@pytest.mark.parametrize("kv_format", ["f32", "s16"])
+def test_nan_in_a_visible_token_is_not_hidden(isa: str, kv_format: str) -> None:
+    s = make_sequence(20, head_dim=16, kv_format=kv_format)
     s.q[19, :16] = np.nan  # one head of the last row
     out = s.attention(isa, 17, 3).reshape(3, 3, 16)
     assert np.isnan(out[2, 0]).all()

@@ -68,7 +68,7 @@ def test_formats_may_be_mixed() -> None:
     assert distance(run(open_runner(model, checkpoint), tokens, [40]), reference) <= 3e-3
 
 
-@pytest.mark.parametrize("kv_dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["s16", "f16", "bf16"])
 def test_compact_caches(kv_dtype: str) -> None:
     model = MODELS["gemma"]
     checkpoint = MemoryCheckpoint(model)
@@ -79,15 +79,16 @@ def test_compact_caches(kv_dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["grouped", "gemma"])
+@pytest.mark.parametrize("kv_dtype", ["s16", "f16"])
 @pytest.mark.parametrize("format", ["F32", "Q8_0", "Q4_0"])
-def test_the_same_bits_however_it_runs(name: str, format: str) -> None:
+def test_the_same_bits_however_it_runs(name: str, format: str, kv_dtype: str) -> None:
     model = MODELS[name]
     checkpoint = MemoryCheckpoint(model, format)
     tokens = tokens_of(90)
-    plain = run(open_runner(model, checkpoint, isa="ref", num_threads=1, kv_dtype="f16"), tokens, [90])
+    plain = run(open_runner(model, checkpoint, isa="ref", num_threads=1, kv_dtype=kv_dtype), tokens, [90])
     for isa in _native.available_isas():
         for threads in (1, 2, 3):
-            runner = open_runner(model, checkpoint, isa=isa, num_threads=threads, kv_dtype="f16")
+            runner = open_runner(model, checkpoint, isa=isa, num_threads=threads, kv_dtype=kv_dtype)
             for sizes in ([90], [1], [17], [50, 1]):
                 assert same_bits(run(runner, tokens, sizes), plain), (isa, threads, sizes)
 

@@ -39,10 +39,11 @@ STATES = ("cold", "warm")
 FILTERS = [
     *(f"matmul {name} gemma3-270m o {rows} warm" for name in ("Q4_K", "Q6_K", "Q2_K") for rows in ("m1", "m3", "m96")),
     *(f"matmul {name} smollm2-135m o {rows} cold" for name in ("Q4_0", "Q4_1", "Q8_0", "F16") for rows in ("m1", "m8")),
-    *(f"attention f16 smollm2-135m {phase} c256 {state}" for phase in ("decode", "prefill") for state in STATES),
+    *(f"attention s16 smollm2-135m {phase} c256 {state}" for phase in ("decode", "prefill") for state in STATES),
+    "attention f16 smollm2-135m decode c256 cold",
     "attention bf16 gemma3-270m decode c256 scattered",
     *(f"{name} smollm2-135m m32" for name in ("quantize_rows", "rms_norm", "silu_mul", "gelu_tanh_mul", "add", "rope")),
-    "kv_store f16 m512",
+    "kv_store s16 m512",
     "sample smollm2-135m",
 ]  # fmt: skip
 

@@ -20,7 +20,8 @@ from setpoint.errors import ConfigError
 
 GIB = 1 << 30
 MACHINE = Machine(num_cpus=2, available_memory_bytes=8 * GIB)
-MODEL = ModelFacts(max_position=8192, kv_values_per_token=30 * 2 * 3 * 64)
+MODEL = ModelFacts(max_position=8192, kv_values_per_token=30 * 2 * 3 * 64, kv_vectors_per_token=30 * 2 * 3)
+TOKEN_BYTES = MODEL.kv_bytes_per_token("s16")
 
 
 def test_every_number_has_bounds() -> None:
@@ -53,8 +54,8 @@ def test_open_knobs_are_derived_with_a_reason() -> None:
     by_name = {reason.knob: reason for reason in reasons}
     assert resolved.num_threads == 2
     assert resolved.max_model_len == 8192
-    assert resolved.kv_cache_dtype == "f16"
-    assert resolved.kv_cache_memory_bytes == 8 * 8192 * MODEL.kv_values_per_token * 2
+    assert resolved.kv_cache_dtype == "s16"
+    assert resolved.kv_cache_memory_bytes == 8 * 8192 * TOKEN_BYTES
     assert by_name["num_threads"].source == "derived"
     assert by_name["max_num_seqs"].source == "given"
     assert by_name["isa"].source == "default"
@@ -62,7 +63,7 @@ def test_open_knobs_are_derived_with_a_reason() -> None:
 
 
 def test_a_small_machine_gets_a_shorter_context() -> None:
-    small = Machine(1, 4 * 1000 * MODEL.kv_values_per_token * 2)
+    small = Machine(1, 4 * 1000 * TOKEN_BYTES)
     resolved, _ = resolve(EngineConfig(model="m"), small, MODEL)
     assert resolved.max_model_len is not None
     assert 900 <= resolved.max_model_len <= 1000
@@ -107,14 +108,14 @@ def test_what_steps_work_in_counts() -> None:
 def test_resolve_never_promises_more_than_there_is(
     memory: int, seqs: int, context: int, weights: int, step: int
 ) -> None:
-    facts = ModelFacts(context, MODEL.kv_values_per_token, weights, step)
+    facts = ModelFacts(context, MODEL.kv_values_per_token, MODEL.kv_vectors_per_token, weights, step)
     weights += step * EngineConfig(model="m").max_num_batched_tokens
     resolved, _ = resolve(EngineConfig(model="m", max_num_seqs=seqs), Machine(2, memory), facts)
     assert resolved.kv_cache_memory_bytes is not None
     assert resolved.max_model_len is not None
     assert resolved.kv_cache_memory_bytes <= memory - weights
     assert resolved.max_model_len <= context
-    assert resolved.max_model_len * MODEL.kv_values_per_token * 2 <= resolved.kv_cache_memory_bytes
+    assert resolved.max_model_len * TOKEN_BYTES <= resolved.kv_cache_memory_bytes
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
 // Paged attention as plain loops: the definition in kernels/attention.h, one (row, head) at a time.
-#include "kernels/attention.h"
+#include "kernels/attention_codes.h"
 
 #include <cmath>
 #include <limits>
@@ -31,12 +31,6 @@ struct State {  // (m, l, o) of one row and head
   }
 };
 
-float tree16(float* lane) {
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] = lane[i] + lane[i + width];
-  return lane[0];
-}
-
 // Adds the tokens of `visible`, all in the 64-token block that starts at `start`, to the state.
 void add_block(const AttentionArgs& a, int kv_head, const float* q, int start, TokenRange visible, State& state) {
   const int head_dim = a.kv.head_dim;
@@ -51,18 +45,16 @@ void add_block(const AttentionArgs& a, int kv_head, const float* q, int start, T
   }
   m = m + 0.f;
   for (int t = visible.begin; t < visible.end; ++t) p[t - start] = exp_scalar(p[t - start] - m);
-  float lane[kLane16];
-  for (int i = 0; i < kLane16; ++i) lane[i] = ((p[i] + p[i + 16]) + p[i + 32]) + p[i + 48];
 
   const float c = exp_scalar(state.m - m);
-  state.m = m;
-  state.l = std::fma(state.l, c, tree16(lane));
   for (int d = 0; d < head_dim; ++d) state.o[d] = state.o[d] * c;
   for (int t = visible.begin; t < visible.end; ++t) {
     const uint8_t* v = a.kv.v + page_offset(a.kv, a.block_table[t / kPageTokens], kv_head);
     for (int d = 0; d < head_dim; ++d)
       state.o[d] = std::fma(p[t - start], read(a.kv.format, v, t % kPageTokens * head_dim + d), state.o[d]);
   }
+  state.m = m;
+  state.l = std::fma(state.l, c, sum_of_block(p));
 }
 
 void add_split(State& total, int head_dim, float m, float l, const float* o) {
@@ -82,10 +74,11 @@ void write_result(const State& total, int head_dim, float* out) {
 
 size_t attention_scratch_floats(int rows, int heads, int head_dim) {
   const size_t queries = static_cast<size_t>(rows) * heads;
-  return queries * (2 * padded_head_dim(head_dim) + kBlockTokens + kAttentionTileFloats + 4) + 2 * kLane16;  // see x86/attention_walk.h
+  return queries * (4 * padded_head_dim(head_dim) + kBlockTokens + kAttentionTileFloats + 4) + 2 * kLane16;  // see x86/attention_walk.h
 }
 
 void ref_kv_store(const KvStoreArgs& a) {
+  if (a.kv.format == KvFormat::s16) return ref_kv_store_codes(a);
   const int head_dim = a.kv.head_dim;
   for (int row = 0; row < a.rows; ++row) {
     const int token = a.position + row, slot = token % kPageTokens;
@@ -103,6 +96,7 @@ void ref_kv_store(const KvStoreArgs& a) {
 
 void ref_attention(const AttentionArgs& a) {
   const int head_dim = a.kv.head_dim, heads = heads_of(a);
+  const bool codes = a.kv.format == KvFormat::s16;
   for (int row = 0; row < a.rows; ++row) {
     const TokenRange visible = TokenRange::visible(a.position + row, a.window);
     for (int h = 0; h < heads; ++h) {
@@ -113,8 +107,14 @@ void ref_attention(const AttentionArgs& a) {
         State split(a.scratch + head_dim, head_dim);
         for (int start = s * kSplitTokens; start < (s + 1) * kSplitTokens; start += kBlockTokens) {
           const TokenRange block = visible.within(start, start + kBlockTokens);
-          if (!block.empty()) add_block(a, kv_head, a.q + row * a.q_stride + first, start, block, split);
+          if (block.empty()) continue;
+          const float* q = a.q + row * a.q_stride + first;
+          if (codes)
+            ref_add_block_codes(a, kv_head, q, start, block, split.m, split.l, split.o);
+          else
+            add_block(a, kv_head, q, start, block, split);
         }
+        if (codes) split.m = split.m * kLn2;
         for (int d = 0; d < head_dim; ++d) split.o[d] = split.o[d] + 0.f;
         if (a.partial == nullptr) {
           add_split(total, head_dim, split.m, split.l, split.o);

@@ -1,4 +1,4 @@
-#include "kernels/attention.h"
+#include "kernels/attention_codes.h"
 
 #include "kernels/kernels.h"
 // The order matters: what follows is written in the Lanes of this ISA.
@@ -15,9 +15,14 @@ constexpr int kMaxScoreVectors = 24, kMaxOutVectors = 24;
 }  // namespace
 }  // namespace setpoint
 
-#include "kernels/x86/attention_walk.h"
-// The walk comes first: it defines what a block is.
+// Each on the shoulders of those before it.
+#include "kernels/x86/attention_tile.h"
+
+#include "kernels/x86/attention_code_lanes.h"
 #include "kernels/x86/attention_lanes.h"
+
+#include "kernels/x86/attention_walk.h"
+
 #include "kernels/x86/kv_store_lanes.h"
 
 namespace setpoint {

@@ -7,10 +7,6 @@
 namespace setpoint {
 namespace {
 
-constexpr int at_most(int limit, int wanted) { return wanted <= limit ? wanted : at_most(limit, wanted / 2); }
-
-// Pages lie scattered and are short, so the hardware sees no stream: while a block is scored, the next one is fetched,
-// a page of K and of V by cache lines over the steps of d.
 // tile.p[r][page * 16 + token] for P pages from `page`: d ascending, one accumulator per (query, token).
 template <KvFormat F, int R, int P>
 SETPOINT_INLINE void score_pages(const AttentionArgs& a, const Tile& tile, const Block& block, int page) {
@@ -42,7 +38,7 @@ SETPOINT_INLINE void score_pages(const AttentionArgs& a, const Tile& tile, const
 }
 
 template <KvFormat F, int R>
-void score_rows(const AttentionArgs& a, const Tile& tile, const Block& block, int page, int end) {
+void score_floats(const AttentionArgs& a, const Tile& tile, const Block& block, int page, int end) {
   constexpr int kPages = at_most(kMaxScoreVectors / (R * kParts), kMostPages);
   while (page < end) {
     const int left = end - page;
@@ -53,12 +49,6 @@ void score_rows(const AttentionArgs& a, const Tile& tile, const Block& block, in
     else
       score_pages<F, R, 1>(a, tile, block, page), page += 1;
   }
-}
-
-// Limits of query r's visible lanes in the vector of tokens that starts at `token`.
-SETPOINT_INLINE TokenRange visible_lanes(const Tile& tile, int r, int token) {
-  const TokenRange seen = tile.visible[r].within(token, token + kLanes);
-  return seen.empty() ? TokenRange{0, 0} : TokenRange{seen.begin - token, seen.end - token};
 }
 
 // Turns the scores of query r into probabilities in place, 0 where masked. Sets its new m, its sum of p, and the
@@ -75,7 +65,7 @@ SETPOINT_INLINE void softmax_row(Tile& tile, int r, int start, float scale, floa
   for (int i = 0; i < kVectors; ++i) {
     const TokenRange lanes = visible_lanes(tile, r, start + i * kLanes);
     score[i] = mul(load(p + i * kLanes), broadcast(scale));
-    if (lanes.end - lanes.begin < kLanes) score[i] = select_range(lanes.begin, lanes.end, score[i], broadcast(kMinusInfinity));
+    if (lanes.end - lanes.begin < kLanes) score[i] = select_range(lanes.begin, lanes.end, score[i], broadcast(-__builtin_inff()));
     top[i % kParts] = max(score[i], top[i % kParts]);
   }
   const float m = tree16_max(top) + 0.f;
@@ -90,7 +80,7 @@ SETPOINT_INLINE void softmax_row(Tile& tile, int r, int start, float scale, floa
 }
 
 // All queries of the tile: scores to probabilities, m and l updated, c the factor of o.
-void soften(const AttentionArgs& a, Tile& tile, const Block& block) {
+void soften_floats(const AttentionArgs& a, Tile& tile, const Block& block) {
   alignas(64) float sum[kLanes] = {}, exponent[kLanes] = {};
   for (int r = 0; r < tile.count; ++r) softmax_row(tile, r, block.start, a.scale, tile.p + r * kBlockTokens, sum[r], exponent[r]);
   const Lanes factor = exp_lanes(load(exponent));
@@ -134,41 +124,13 @@ SETPOINT_INLINE void weigh_columns(const AttentionArgs& a, const Tile& tile, con
 }
 
 template <KvFormat F, int R>
-void weigh_rows(const AttentionArgs& a, const Tile& tile, const Block& block, int page, int end) {
+void weigh_floats(const AttentionArgs& a, const Tile& tile, const Block& block, int page, int end) {
   constexpr int kColumns = at_most(kMaxOutVectors / R, 4);
   const int head_dim = a.kv.head_dim;
   int d = 0;
   for (; d + kColumns * kLanes <= head_dim; d += kColumns * kLanes) weigh_columns<F, R, kColumns, false>(a, tile, block, d, page, end);
   for (; d + kLanes <= head_dim; d += kLanes) weigh_columns<F, R, 1, false>(a, tile, block, d, page, end);
   if (d < head_dim) weigh_columns<F, R, 1, true>(a, tile, block, d, page, end);
-}
-
-// Calls f<R>() with R = count.
-#define SETPOINT_WITH_ROWS(count, f, ...)    \
-  static_assert(kAttentionTileQueries == 6); \
-  switch (count) {                           \
-    case 1:                                  \
-      return f<F, 1>(__VA_ARGS__);           \
-    case 2:                                  \
-      return f<F, 2>(__VA_ARGS__);           \
-    case 3:                                  \
-      return f<F, 3>(__VA_ARGS__);           \
-    case 4:                                  \
-      return f<F, 4>(__VA_ARGS__);           \
-    case 5:                                  \
-      return f<F, 5>(__VA_ARGS__);           \
-    default:                                 \
-      return f<F, 6>(__VA_ARGS__);           \
-  }
-
-template <KvFormat F>
-void score(const AttentionArgs& a, const Tile& tile, const Block& block, int begin, int end) {
-  SETPOINT_WITH_ROWS(tile.count, score_rows, a, tile, block, begin, end)
-}
-
-template <KvFormat F>
-void weigh(const AttentionArgs& a, const Tile& tile, const Block& block, int begin, int end) {
-  SETPOINT_WITH_ROWS(tile.count, weigh_rows, a, tile, block, begin, end)
 }
 
 }  // namespace

@@ -4,40 +4,41 @@
 // head share each load of K and V. A single row visits a block with all its heads together, page by page, so that K and then
 // V are read in the order of memory, and fetches the block after it into L2 meanwhile: arithmetic leaves the hardware too few
 // loads in flight to do it. Several rows are bound by arithmetic and visit a block tile by tile.
-// The including file defines what happens to a tile: score, soften, weigh.
 #pragma once
 
 namespace setpoint {
 namespace {
 
-constexpr int kMostPages = kBlockTokens / kPageTokens;
-static_assert(kAttentionTileQueries <= kLanes);  // one vector holds a float for each query of a tile
 constexpr float kMinusInfinity = -__builtin_inff();
 
-struct Tile {
-  int kv_head, count;                         // queries
-  const float* q[kAttentionTileQueries];      // [head_dim] each
-  TokenRange visible[kAttentionTileQueries];  // begin and end never fall from one query to the next
-  float *m, *l;                               // [kLanes]; what lies behind `count` must keep its value
-  float* o;                                   // [count][padded head_dim]
-  float* p;                                   // [count][kBlockTokens]: scores, then probabilities of the running block
-  float c[kAttentionTileQueries];             // factors of o
-};
-
-struct Block {       // one 64-token block
-  int start;         // first token
-  TokenRange range;  // tokens some query of the tile sees, inside the block
-  int first_page, last_page;
-  const int32_t* ids;    // of its pages
-  const int32_t* ahead;  // of the pages to prefetch meanwhile
-};
-
-// What the including file defines, for tokens of the pages [begin, end) of the block.
+// For tokens of the pages [begin, end) of the block.
 template <KvFormat F>
-void score(const AttentionArgs& a, const Tile& tile, const Block& block, int begin, int end);
-void soften(const AttentionArgs& a, Tile& tile, const Block& block);
+void score(const AttentionArgs& a, const Tile& tile, const Block& block, int begin, int end) {
+  with_rows(tile.count, [&](auto rows) {
+    if constexpr (F == KvFormat::s16)
+      score_codes<rows()>(a, tile, block, begin, end);
+    else
+      score_floats<F, rows()>(a, tile, block, begin, end);
+  });
+}
+
 template <KvFormat F>
-void weigh(const AttentionArgs& a, const Tile& tile, const Block& block, int begin, int end);
+void soften(const AttentionArgs& a, Tile& tile, const Block& block) {
+  if constexpr (F == KvFormat::s16)
+    soften_codes(a, tile, block);
+  else
+    soften_floats(a, tile, block);
+}
+
+template <KvFormat F>
+void weigh(const AttentionArgs& a, const Tile& tile, const Block& block, int begin, int end) {
+  with_rows(tile.count, [&](auto rows) {
+    if constexpr (F == KvFormat::s16)
+      weigh_codes<rows()>(a, tile, block, begin, end);
+    else
+      weigh_floats<F, rows()>(a, tile, block, begin, end);
+  });
+}
 
 // The running total of one query: M, L and O[head_dim] of the splits so far.
 struct Total {
@@ -51,6 +52,8 @@ struct State {
   float *o, *total_o;  // [queries][padded head_dim], of the running split and of those before it
   float* p;            // [queries][kBlockTokens]
   float *m, *l;        // [queries + kLane16]
+  int16_t* q_codes;    // [queries][padded head_dim]
+  int32_t* sums;       // [queries][padded head_dim]
 };
 static_assert(sizeof(Tile) <= kAttentionTileFloats * sizeof(float) && alignof(Tile) <= 8);
 
@@ -64,6 +67,8 @@ SETPOINT_INLINE State state_of(const AttentionArgs& a, int queries) {
   state.p = state.total_o + o_floats;
   state.m = state.p + static_cast<size_t>(queries) * kBlockTokens;
   state.l = state.m + queries + kLane16;
+  state.sums = reinterpret_cast<int32_t*>(state.l + queries + kLane16);
+  state.q_codes = reinterpret_cast<int16_t*>(state.sums + o_floats);
   return state;
 }
 
@@ -106,7 +111,8 @@ SETPOINT_INLINE size_t head_offset(const AttentionArgs& a, int head) {
 }
 
 // Returns the number of tiles.
-SETPOINT_INLINE int make_tiles(const AttentionArgs& a, const State& state) {
+template <KvFormat F>
+int make_tiles(const AttentionArgs& a, const State& state) {
   const int of_head = a.rows * a.group, tiles = (of_head + kAttentionTileQueries - 1) / kAttentionTileQueries;
   const int tile_queries = (of_head + tiles - 1) / tiles;
   Tile* tile = state.tiles;
@@ -119,7 +125,13 @@ SETPOINT_INLINE int make_tiles(const AttentionArgs& a, const State& state) {
         const Place place = place_of(a, j + r);
         tile->q[r] = a.q + place.row * a.q_stride + head_offset(a, place.head);
         tile->visible[r] = TokenRange::visible(a.position + place.row, a.window);
+        if constexpr (F == KvFormat::s16) {
+          int16_t* codes = state.q_codes + static_cast<size_t>(j + r) * padded_head_dim(a.kv.head_dim);
+          tile->score_scale[r] = score_scale(quantize_row(tile->q[r], a.kv.head_dim, codes).scale, a.scale);
+        }
       }
+      tile->sums = state.sums + static_cast<size_t>(j) * padded_head_dim(a.kv.head_dim);
+      tile->q_codes = state.q_codes + static_cast<size_t>(j) * padded_head_dim(a.kv.head_dim);
       tile->m = state.m + j;
       tile->l = state.l + j;
       tile->o = state.o + static_cast<size_t>(j) * padded_head_dim(a.kv.head_dim);
@@ -141,17 +153,24 @@ void visit(const AttentionArgs& a, Tile* tiles, int count, int start) {
   block.ids = block.ahead = a.block_table + start / kPageTokens;
   if (start + 2 * kBlockTokens <= seen.end) block.ahead += kMostPages;
   const int step = count > 1 ? 1 : kMostPages;
-  for (int page = block.first_page; page < block.last_page; page += step)
-    for (int t = 0; t < count; ++t) score<F>(a, tiles[t], block, page, page + step < block.last_page ? page + step : block.last_page);
-  for (int t = 0; t < count; ++t) soften(a, tiles[t], block);
-  for (int page = block.first_page; page < block.last_page; page += step)
-    for (int t = 0; t < count; ++t) weigh<F>(a, tiles[t], block, page, page + step < block.last_page ? page + step : block.last_page);
+  const auto by = [&](auto&& visit_pages) {
+    for (int page = block.first_page; page < block.last_page;) {
+      const int end = page + step < block.last_page ? page + step : block.last_page;
+      for (int t = 0; t < count; ++t) visit_pages(tiles[t], page, end);
+      page = end;
+    }
+  };
+  by([&](const Tile& tile, int begin, int end) { score<F>(a, tile, block, begin, end); });
+  for (int t = 0; t < count; ++t) soften<F>(a, tiles[t], block);
+  by([&](const Tile& tile, int begin, int end) { weigh<F>(a, tile, block, begin, end); });
 }
 
-SETPOINT_INLINE void finish_split(const AttentionArgs& a, const State& state, int queries, int split) {
+template <KvFormat F>
+void finish_split(const AttentionArgs& a, const State& state, int queries, int split) {
   const int head_dim = a.kv.head_dim, padded = padded_head_dim(head_dim);
   for (int i = 0; i < queries * padded; i += kLanes) store(state.o + i, add(load(state.o + i), broadcast(0.f)));
   for (int j = 0; j < queries; ++j) {
+    if constexpr (F == KvFormat::s16) state.m[j] = state.m[j] * kLn2;
     const float* o = state.o + static_cast<size_t>(j) * padded;
     if (a.partial == nullptr) {
       add_split(state.totals[j], state.total_o + static_cast<size_t>(j) * padded, state.m[j], state.l[j], o, head_dim);
@@ -169,7 +188,7 @@ template <KvFormat F>
 void attention_of(const AttentionArgs& a) {
   const int head_dim = a.kv.head_dim, padded = padded_head_dim(head_dim), queries = a.rows * heads_of(a);
   const State state = state_of(a, queries);
-  const int tiles = make_tiles(a, state), together = a.rows == 1 ? tiles : 1;
+  const int tiles = make_tiles<F>(a, state), together = a.rows == 1 ? tiles : 1;
   const TokenRange seen{TokenRange::visible(a.position, a.window).begin, a.position + a.rows};
   clear(state.total_o, queries * padded);
   for (int j = 0; j < queries; ++j) state.totals[j] = {kMinusInfinity, 0.f};
@@ -179,7 +198,7 @@ void attention_of(const AttentionArgs& a) {
     const TokenRange tokens = seen.within(split * kSplitTokens, (split + 1) * kSplitTokens);
     for (int start = tokens.begin - tokens.begin % kBlockTokens; start < tokens.end; start += kBlockTokens)
       for (int tile = 0; tile < tiles; tile += together) visit<F>(a, state.tiles + tile, together, start);
-    finish_split(a, state, queries, split);
+    finish_split<F>(a, state, queries, split);
   }
   if (a.partial != nullptr) return;
   for (int j = 0; j < queries; ++j) {
@@ -198,6 +217,8 @@ void attention(const AttentionArgs& a) {
       return attention_of<KvFormat::f16>(a);
     case KvFormat::bf16:
       return attention_of<KvFormat::bf16>(a);
+    case KvFormat::s16:
+      return attention_of<KvFormat::s16>(a);
   }
 }
 

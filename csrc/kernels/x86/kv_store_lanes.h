@@ -32,6 +32,25 @@ void kv_store_of(const KvStoreArgs& a) {
     }
 }
 
+// A token's codes are every other 16 bits of its K page's column and of its V page's row: written one by one, never the
+// neighbours', which another thread may be writing.
+void kv_store_codes(const KvStoreArgs& a) {
+  const int head_dim = a.kv.head_dim;
+  alignas(64) int16_t codes[kMostCodeHeadDim];
+  for (int row = 0; row < a.rows; ++row)
+    for (int head = 0; head < a.kv.kv_heads; ++head) {
+      const size_t offset = static_cast<size_t>(head) * head_dim, scales = scales_offset(head_dim);
+      const int token = a.position + row, slot = token % kPageTokens;
+      const size_t page = page_offset(a.kv, a.block_table[token / kPageTokens], head);
+      int16_t* k = reinterpret_cast<int16_t*>(a.kv.k + page);
+      reinterpret_cast<float*>(a.kv.k + page + scales)[slot] = quantize_row(a.k + row * a.k_stride + offset, head_dim, codes).scale;
+      for (int d = 0; d < head_dim; d += 2) std::memcpy(k + k_code_index(d, slot), codes + d, 2 * sizeof(int16_t));
+      int16_t* v = reinterpret_cast<int16_t*>(a.kv.v + page);
+      reinterpret_cast<float*>(a.kv.v + page + scales)[slot] = quantize_row(a.v + row * a.v_stride + offset, head_dim, codes).scale;
+      for (int d = 0; d < head_dim; ++d) v[v_code_index(head_dim, slot, d)] = codes[d];
+    }
+}
+
 void kv_store(const KvStoreArgs& a) {
   if (a.kv.head_dim % 8 != 0) return ref_kv_store(a);
   switch (a.kv.format) {
@@ -41,6 +60,8 @@ void kv_store(const KvStoreArgs& a) {
       return kv_store_of<KvFormat::f16>(a);
     case KvFormat::bf16:
       return kv_store_of<KvFormat::bf16>(a);
+    case KvFormat::s16:
+      return kv_store_codes(a);
   }
 }
 

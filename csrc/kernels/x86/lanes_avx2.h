@@ -92,5 +92,33 @@ SETPOINT_INLINE void store_kv_first(uint8_t* base, size_t element, int, Lanes x)
   store_kv<F>(base, element, x);
 }
 
+using Ints = __m256i;
+SETPOINT_INLINE Ints zero_ints() { return _mm256_setzero_si256(); }
+SETPOINT_INLINE Ints load_ints(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+SETPOINT_INLINE void store_ints(int32_t* p, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+SETPOINT_INLINE Ints load_first_ints(const void* p, int) { return load_ints(p); }
+SETPOINT_INLINE Ints broadcast_int(int32_t x) { return _mm256_set1_epi32(x); }
+SETPOINT_INLINE Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+SETPOINT_INLINE Ints max_ints(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
+SETPOINT_INLINE int32_t top_int(Ints x) {
+  const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  const __m128i two = _mm_max_epi32(four, _mm_unpackhi_epi64(four, four));
+  return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 1)));
+}
+SETPOINT_INLINE Ints dot_pairs(Ints sum, Ints a, Ints b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+SETPOINT_INLINE Lanes to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
+SETPOINT_INLINE Ints bits(Lanes x) { return _mm256_castps_si256(x); }
+SETPOINT_INLINE Ints magnitude(Lanes x) { return _mm256_and_si256(bits(x), _mm256_set1_epi32(0x7fffffff)); }
+SETPOINT_INLINE Lanes add_exponent(Lanes p, Lanes shifted) {
+  return _mm256_castsi256_ps(_mm256_add_epi32(bits(p), _mm256_slli_epi32(bits(shifted), 23)));
+}
+SETPOINT_INLINE Lanes where_at_least(Lanes x, Lanes limit, Lanes then, Lanes otherwise) {
+  return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(x, limit, _CMP_GE_OQ));
+}
+SETPOINT_INLINE void store_codes(int16_t* p, Lanes x) {
+  const __m256i whole = _mm256_cvtps_epi32(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+}
+
 }  // namespace
 }  // namespace setpoint

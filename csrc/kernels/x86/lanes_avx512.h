@@ -96,5 +96,34 @@ SETPOINT_INLINE void store_kv_first(uint8_t* base, size_t element, int n, Lanes 
     _mm256_mask_storeu_epi16(base + element * 2, first_mask(n), F == KvFormat::f16 ? narrow_f16(x) : narrow_bf16(x));
 }
 
+// Integers in the width of Lanes: 32-bit, or pairs of 16-bit codes in each 32-bit lane.
+using Ints = __m512i;
+SETPOINT_INLINE Ints zero_ints() { return _mm512_setzero_si512(); }
+SETPOINT_INLINE Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
+SETPOINT_INLINE void store_ints(int32_t* p, Ints x) { _mm512_storeu_si512(p, x); }
+SETPOINT_INLINE Ints load_first_ints(const void* p, int n) { return _mm512_maskz_loadu_epi32(first_mask(n), p); }
+SETPOINT_INLINE Ints broadcast_int(int32_t x) { return _mm512_set1_epi32(x); }
+SETPOINT_INLINE Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+SETPOINT_INLINE Ints max_ints(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+SETPOINT_INLINE int32_t top_int(Ints x) { return _mm512_reduce_max_epi32(x); }
+// Written out: around the intrinsic GCC 12 copies every accumulator once a round.
+SETPOINT_INLINE Ints dot_pairs(Ints sum, Ints a, Ints b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+SETPOINT_INLINE Lanes to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+SETPOINT_INLINE Ints bits(Lanes x) { return _mm512_castps_si512(x); }
+SETPOINT_INLINE Ints magnitude(Lanes x) { return _mm512_and_si512(bits(x), _mm512_set1_epi32(0x7fffffff)); }
+SETPOINT_INLINE Lanes add_exponent(Lanes p, Lanes shifted) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(bits(p), _mm512_slli_epi32(bits(shifted), 23)));
+}
+SETPOINT_INLINE Lanes where_at_least(Lanes x, Lanes limit, Lanes then, Lanes otherwise) {  // otherwise for NaN
+  return _mm512_mask_mov_ps(otherwise, _mm512_cmp_ps_mask(x, limit, _CMP_GE_OQ), then);
+}
+// kLanes codes, rounded to nearest even.
+SETPOINT_INLINE void store_codes(int16_t* p, Lanes x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
+}
+
 }  // namespace
 }  // namespace setpoint

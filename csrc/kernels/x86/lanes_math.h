@@ -21,6 +21,18 @@ SETPOINT_INLINE Lanes exp_lanes(Lanes x) {
   return scale_by_power(p, shifted);
 }
 
+SETPOINT_INLINE Lanes exp2_lanes(Lanes x) {
+  x = max(broadcast(kExp2Lowest), x);
+  const Lanes shifted = add(x, broadcast(kRoundShift));
+  const Lanes f = sub(x, sub(shifted, broadcast(kRoundShift)));
+  Lanes p = fma(broadcast(kExp2C5), f, broadcast(kExp2C4));
+  p = fma(p, f, broadcast(kExp2C3));
+  p = fma(p, f, broadcast(kExp2C2));
+  p = fma(p, f, broadcast(kExp2C1));
+  p = fma(p, f, broadcast(1.f));
+  return add_exponent(p, shifted);
+}
+
 SETPOINT_INLINE float tree16_sum(const Lanes* x) {
   const __m256 eight = fold_sum(x);
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

@@ -38,7 +38,7 @@ def model(model: Model, json: Json = False) -> None:
         "weights": {kind: {"tensors": formats[kind], "bytes": num_bytes[kind]} for kind in formats},
         "context": tree.max_position,
         "vocabulary": tree.vocab_size,
-        "kv_bytes_per_token_f16": 2 * model_facts(tree).kv_values_per_token,
+        "kv_bytes_per_token": model_facts(tree).kv_bytes_per_token("s16"),
         "chat_template": loaded.chat_template is not None,
         "path": str(loaded.path),
     }
@@ -52,7 +52,7 @@ def model(model: Model, json: Json = False) -> None:
         )
     )
     print(f"weights: {weights}")
-    print(f"KV cache: {facts['kv_bytes_per_token_f16'] / 1024:.1f} KiB a token in f16")
+    print(f"KV cache: {facts['kv_bytes_per_token'] / 1024:.1f} KiB a token")
     print(f"chat template: {'yes' if facts['chat_template'] else 'no'}")
     print(f"file: {loaded.path}\n")
     for line in tree_lines(tree):

@@ -9,7 +9,8 @@ from setpoint.errors import ConfigError
 from setpoint.models.spec import Model
 
 BLOCK_TOKENS = 16
-ELEMENT_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
+ELEMENT_BYTES = {"s16": 2, "f16": 2, "bf16": 2, "f32": 4}
+SCALE_BYTES = {"s16": 4}  # of a token's K or V of one head
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,14 @@ def group_shapes(model: Model, kv_dtype: str, max_model_len: int, max_num_batche
     shapes = []
     for window in layer_groups(model):
         layers = [layer.attention for layer in model.layers.layers if layer.attention.window == window]
-        values = sum(2 * layer.kv_heads * layer.head_dim for layer in layers)
+        token_bytes = sum(
+            2 * layer.kv_heads * (layer.head_dim * ELEMENT_BYTES[kv_dtype] + SCALE_BYTES.get(kv_dtype, 0))
+            for layer in layers
+        )
         blocks = _blocks(max_model_len)
         if window is not None:  # the window of a chunk's first token, the chunk, and a block cut at either end
             blocks = min(blocks, _blocks(window + max_num_batched_tokens) + 1)
-        shapes.append(GroupShape(window, values * BLOCK_TOKENS * ELEMENT_BYTES[kv_dtype], blocks))
+        shapes.append(GroupShape(window, token_bytes * BLOCK_TOKENS, blocks))
     return shapes
 
 

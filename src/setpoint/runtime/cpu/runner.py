@@ -46,7 +46,7 @@ class CpuRunner:
         checkpoint: Checkpoint,
         *,
         dtype: str = "auto",
-        kv_dtype: str = "f16",
+        kv_dtype: str = "s16",
         num_threads: int = 1,
         isa: str = "auto",
         max_model_len: int,
