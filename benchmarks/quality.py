@@ -76,7 +76,7 @@ def measure(name: str, total: int) -> dict[str, Any]:
         "max_num_batched_tokens": CHUNK,
         "kv_cache_memory_bytes": 128 << 20,
     }
-    fast = CpuRunner(loaded.model, loaded.checkpoint, dtype="auto", kv_dtype="f16", **options)
+    fast = CpuRunner(loaded.model, loaded.checkpoint, dtype="auto", kv_dtype="s16", **options)
     exact = CpuRunner(loaded.model, loaded.checkpoint, dtype="f32", kv_dtype="f32", **options)
     tables = tuple(list(range(WINDOW // fast.info.block_size)) for _ in fast.info.kv_groups)
     found: dict[str, list[float]] = {"kl": [], "agree": [], "loss_fast": [], "loss_exact": []}

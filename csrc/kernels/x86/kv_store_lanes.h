@@ -32,23 +32,38 @@ void kv_store_of(const KvStoreArgs& a) {
     }
 }
 
-// A token's codes are every other 16 bits of its K page's column and of its V page's row: written one by one, never the
-// neighbours', which another thread may be writing.
+// A token's codes are every other 16 bits of its V page's row: two neighbours of one call are written together, a single
+// token beside what another thread may be writing.
+SETPOINT_INLINE void store_v_codes(const int16_t* first, const int16_t* second, int head_dim, int16_t* v) {
+  for (int d = 0; d < head_dim; ++d) {
+    v[2 * d] = first[d];
+    v[2 * d + 1] = second[d];
+  }
+}
+
 void kv_store_codes(const KvStoreArgs& a) {
   const int head_dim = a.kv.head_dim;
-  alignas(64) int16_t codes[kMostCodeHeadDim];
-  for (int row = 0; row < a.rows; ++row)
+  const size_t scales = scales_offset(head_dim);
+  alignas(64) int16_t codes[2][kMostCodeHeadDim];
+  for (int row = 0; row < a.rows;) {
+    const int token = a.position + row, slot = token % kPageTokens, together = slot % 2 == 0 && row + 1 < a.rows ? 2 : 1;
     for (int head = 0; head < a.kv.kv_heads; ++head) {
-      const size_t offset = static_cast<size_t>(head) * head_dim, scales = scales_offset(head_dim);
-      const int token = a.position + row, slot = token % kPageTokens;
+      const size_t offset = static_cast<size_t>(head) * head_dim;
       const size_t page = page_offset(a.kv, a.block_table[token / kPageTokens], head);
-      int16_t* k = reinterpret_cast<int16_t*>(a.kv.k + page);
-      reinterpret_cast<float*>(a.kv.k + page + scales)[slot] = quantize_row(a.k + row * a.k_stride + offset, head_dim, codes).scale;
-      for (int d = 0; d < head_dim; d += 2) std::memcpy(k + k_code_index(d, slot), codes + d, 2 * sizeof(int16_t));
-      int16_t* v = reinterpret_cast<int16_t*>(a.kv.v + page);
-      reinterpret_cast<float*>(a.kv.v + page + scales)[slot] = quantize_row(a.v + row * a.v_stride + offset, head_dim, codes).scale;
-      for (int d = 0; d < head_dim; ++d) v[v_code_index(head_dim, slot, d)] = codes[d];
+      int16_t *k = reinterpret_cast<int16_t*>(a.kv.k + page), *v = reinterpret_cast<int16_t*>(a.kv.v + page);
+      float *k_scales = reinterpret_cast<float*>(a.kv.k + page + scales), *v_scales = reinterpret_cast<float*>(a.kv.v + page + scales);
+      for (int i = 0; i < together; ++i) {
+        k_scales[slot + i] = quantize_row(a.k + (row + i) * a.k_stride + offset, head_dim, codes[0]).scale;
+        for (int d = 0; d < head_dim; d += 2) std::memcpy(k + k_code_index(d, slot + i), codes[0] + d, 2 * sizeof(int16_t));
+      }
+      for (int i = 0; i < together; ++i) v_scales[slot + i] = quantize_row(a.v + (row + i) * a.v_stride + offset, head_dim, codes[i]).scale;
+      if (together == 2)
+        store_v_codes(codes[0], codes[1], head_dim, v + v_code_index(head_dim, slot, 0));
+      else
+        for (int d = 0; d < head_dim; ++d) v[v_code_index(head_dim, slot, d)] = codes[0][d];
     }
+    row += together;
+  }
 }
 
 void kv_store(const KvStoreArgs& a) {
