@@ -63,6 +63,9 @@ void bind_weights(nb::module_& m) {
           },
           "file"_a, "offset"_a, "checksums"_a, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>(),
           "Takes the image from an open file; False when that is too short or damaged.")
+      .def("move_to_huge_pages", &WeightStore::move_to_huge_pages, "slice"_a, nb::call_guard<nb::gil_scoped_release>(),
+           "Moves one of `num_slices` parts of a mapped image into memory that is read faster, while others may read it.")
+      .def_prop_ro("num_slices", &WeightStore::num_slices)
       .def_prop_ro("image", &image, "All bytes of the matrices; uint8, read-only.")
       .def_prop_ro("description", &description, "What an image depends on, besides the contents of its sources.")
       .def_prop_ro("num_chunks", &WeightStore::num_chunks)

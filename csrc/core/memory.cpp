@@ -30,6 +30,8 @@ void unmap_memory(void* address, size_t) noexcept { std::free(address); }
 
 bool map_file_over(void*, size_t, int, uint64_t) { return false; }  // the heap is no mapping
 
+void make_own(void*, size_t) {}  // it is already
+
 void clear_memory(void* address, size_t bytes) { std::memset(address, 0, bytes); }
 
 void commit_memory(void*, size_t) noexcept {}
@@ -60,6 +62,16 @@ void unmap_memory(void* address, size_t bytes) noexcept { munmap(address, round_
 
 bool map_file_over(void* address, size_t bytes, int file, uint64_t offset) {
   return mmap(address, bytes, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, static_cast<off_t>(offset)) != MAP_FAILED;
+}
+
+void make_own(void* address, size_t bytes) {
+  void* copy = map_memory(bytes);
+  std::memcpy(copy, address, bytes);
+  // The kernel replaces the old pages under its lock: a thread that meets the gap waits for it to be filled.
+  if (mremap(copy, round_up(bytes, kPage), round_up(bytes, kPage), MREMAP_MAYMOVE | MREMAP_FIXED, address) == MAP_FAILED) {
+    unmap_memory(copy, bytes);
+    throw std::bad_alloc();
+  }
 }
 
 void clear_memory(void* address, size_t bytes) {

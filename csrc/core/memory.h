@@ -16,6 +16,9 @@ void unmap_memory(void* address, size_t bytes) noexcept;
 // Puts a file's bytes, read-only, in the place of the first `bytes` of such memory: true where the system can. The file
 // must be that long, and stay so. `offset` must be a multiple of the page size.
 bool map_file_over(void* address, size_t bytes, int file, uint64_t offset);
+// Moves the bytes that are there into memory of our own, at the same address and at once for everybody: threads may read
+// them meanwhile. `address` is one of map_memory or a multiple of a huge page behind it. Throws std::bad_alloc.
+void make_own(void* address, size_t bytes);
 // Zeros in the place of what is there now, without touching a page.
 void clear_memory(void* address, size_t bytes);
 

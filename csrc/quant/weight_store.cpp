@@ -173,7 +173,13 @@ bool WeightStore::load(int file, uint64_t offset, std::span<const uint64_t> chec
     return false;
   }
   for (Job& job : jobs_) job.sources.clear();
+  is_mapped_ = mapped;
   return true;
+}
+
+void WeightStore::move_to_huge_pages(size_t slice) {
+  if (slice >= num_slices()) return;
+  make_own(storage_->data() + slice * kSliceBytes, std::min(kSliceBytes, used_ - slice * kSliceBytes));
 }
 
 }  // namespace setpoint

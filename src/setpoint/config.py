@@ -279,10 +279,10 @@ def _available_memory() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
-    return min(available, _available_in_container(Path("/sys/fs/cgroup")))
+    return min(available, available_in_container(Path("/sys/fs/cgroup")))
 
 
-def _available_in_container(group: Path) -> int:
+def available_in_container(group: Path) -> int:
     """What the memory limit of a cgroup (version 2) leaves, counting as free what the kernel drops when it must."""
     try:
         limit = (group / "memory.max").read_text().strip()

@@ -72,3 +72,22 @@ def test_a_broken_cache_does_not_break_the_list(cache: Path, capsys: Capture) ->
     assert "smollm2-135m" in capsys.readouterr().out
     assert main(["models", "pull", "smollm2-135m"]) == 3
     assert capsys.readouterr().err.splitlines()[-1].startswith("setpoint: cannot store")
+
+
+def test_cache_shows_and_clears(cache: Path, capsys: Capture) -> None:
+    assert main(["models", "cache"]) == 0
+    assert capsys.readouterr().out.split() == ["0.0", "MB", "in", "0", "files"]
+    directory = cache / "setpoint" / "packed"
+    directory.mkdir(parents=True)
+    kept = directory / "model-0123.packed"
+    kept.write_bytes(bytes(2_000_000))
+    (directory / "model-4567.packed.89.writing").write_bytes(b"half")
+    (directory / "notes.txt").write_bytes(b"somebody's")
+    assert main(["models", "cache", "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert (row["path"], row["bytes"]) == (str(kept), 2_000_000)
+    assert main(["models", "cache"]) == 0
+    assert "2.0 MB" in capsys.readouterr().out
+    assert main(["models", "cache", "--clear"]) == 0
+    assert capsys.readouterr().out == "freed 2.0 MB\n"
+    assert [path.name for path in directory.iterdir()] == ["notes.txt"]

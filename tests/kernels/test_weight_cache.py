@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from program_models import MODELS, MemoryCheckpoint, open_runner, run, same_bits, tokens_of
+from test_greedy_head import open_greedy, random_head, read_in_full, tokens
 
 from setpoint import _native
 from setpoint.quant.formats import quantize
@@ -94,6 +95,33 @@ def test_the_file_is_for_its_owner_and_says_whose_weights_it_holds(saved: Path) 
     assert saved.stat().st_mode & 0o777 == 0o600
     assert saved.parent.stat().st_mode & 0o777 == 0o700
     assert saved.name.startswith("a-model-of-mine-")
+
+
+def test_weights_move_to_other_pages_under_the_eyes_of_their_readers(
+    cache: WeightCache, saved: Path, packed: Model
+) -> None:
+    expected = packed.store.checksums(1)
+    wrong, moved = [], threading.Event()
+    for _ in range(20):
+        model = Model(seed=7)
+        assert is_loaded(cache, model)
+        moved.clear()
+
+        def watch(store: _native.WeightStore = model.store) -> None:
+            while not moved.is_set():
+                wrong.extend(store.checksums(1) != expected for _ in range(3))
+
+        watchers = [threading.Thread(target=watch) for _ in range(2)]
+        for watcher in watchers:
+            watcher.start()
+        for index in range(model.store.num_slices + 1):  # one too many does nothing
+            model.store.move_to_huge_pages(index)
+        moved.set()
+        for watcher in watchers:
+            watcher.join()
+        assert not any(wrong)
+        assert np.array_equal(model.store.image, packed.store.image)
+    assert packed.store.num_slices == 0  # packed ones lie in huge pages from the beginning
 
 
 @pytest.mark.parametrize(
@@ -271,3 +299,14 @@ def test_a_runner_gives_the_same_logits_from_the_cache(cache: WeightCache) -> No
     logits.append(run(plain, tokens_of(40), [40]))
     assert same_bits(logits[0], logits[1])
     assert same_bits(logits[0], logits[2])
+
+
+def test_greedy_rows_find_their_shortlist_in_the_cache(cache: WeightCache) -> None:
+    head = random_head(1)
+    for cached in (False, True):
+        runner = open_greedy(head, weight_cache=cache)
+        assert tokens(runner, [3, 2]) == read_in_full(runner, [3, 2])
+        assert 0 < runner.program.head_retried_part < 1
+        assert runner.step_bytes < runner.weight_bytes
+        assert runner.loading.cached is cached
+        runner.close()

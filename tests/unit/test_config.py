@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from setpoint.config import (
     Machine,
     ModelFacts,
     ServerConfig,
+    available_in_container,
     cache_directory,
     knob_of,
     log_level,
@@ -124,3 +126,24 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SETPOINT_LOG_LEVEL", "loud")
     with pytest.raises(ConfigError, match="SETPOINT_LOG_LEVEL"):
         log_level()
+
+
+@pytest.mark.parametrize(
+    ("limit", "current", "statistics", "free"),
+    [
+        ("1000", "900", "active_file 300\ninactive_file 400\nslab_reclaimable 50\nanon 150\n", 850),
+        ("1000", "900", "anon 900\n", 100),
+        ("1000", "1100", "anon 1100\n", 0),
+        ("1000", "100", "inactive_file 400\n", 1000),
+        ("max", "900", "anon 900\n", 1 << 62),
+        ("1000", "a word", "", 1 << 62),
+        ("1000", "900", "no number at all\n", 1 << 62),
+    ],
+)
+def test_the_page_cache_of_a_container_counts_as_free(
+    tmp_path: Path, limit: str, current: str, statistics: str, free: int
+) -> None:
+    for name, content in (("max", limit), ("current", current), ("stat", statistics)):
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert available_in_container(tmp_path) == free
+    assert available_in_container(tmp_path / "none") == 1 << 62

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from setpoint import _native
 from setpoint.loaders.checkpoint import Checkpoint
 from setpoint.runtime.cpu.weight_cache import WeightCache, WeightSource
 
 SAVE_DELAY_S = 2.0  # the first requests come first
+MOVE_DELAY_S, MOVE_PAUSE_S = 0.5, 0.01  # 10 ms of work, 10 ms of rest
 SAVE_LIMIT_S = 30.0  # how long an end waits for the file
 
 
@@ -35,7 +37,7 @@ class WeightLoading:
         self._cache = cache if cache is not None and cache.wants(store.image.nbytes) else None
         self._error: Exception | None = None
         self._closing, self._abandon = threading.Event(), threading.Event()
-        self._saver: threading.Thread | None = None
+        self._later: threading.Thread | None = None
         self.derived_bytes = 0
         self.seconds = 0.0
         self.cached = False  # the weights came from the cache
@@ -49,13 +51,13 @@ class WeightLoading:
             raise self._error
 
     def close(self) -> None:
-        """Finish the file that is being written, within reason."""
+        """End what goes on beside the steps; a file that is to be written is finished, within reason."""
         self._loader.join()
         self._closing.set()
-        if self._saver is not None:
-            self._saver.join(SAVE_LIMIT_S)
+        if self._later is not None:
+            self._later.join(SAVE_LIMIT_S)
             self._abandon.set()
-            self._saver.join()
+            self._later.join()
 
     def _load(self) -> None:
         began = time.monotonic()
@@ -67,17 +69,31 @@ class WeightLoading:
                 threading.Thread(target=self._checkpoint.read_ahead, name="setpoint-read-ahead", daemon=True).start()
                 self._store.pack(self._num_threads)
             self.derived_bytes = self._finish(self.cached)
-            if not self.cached and self._cache is not None and source is not None:
-                self._start_saving(self._cache, source)
+            if self.cached:
+                self._start(self._move)
+            elif self._cache is not None and source is not None:
+                self._start(partial(self._save, self._cache, source))
         except Exception as error:  # given to whoever waits
             self._error = error
         self._sources.clear()
         self.seconds = time.monotonic() - began
 
-    def _start_saving(self, cache: WeightCache, source: WeightSource) -> None:
-        def save() -> None:
-            self._closing.wait(SAVE_DELAY_S)
-            cache.save(source, self._store, self._abandon)
+    def _start(self, work: Callable[[], None]) -> None:
+        self._later = threading.Thread(target=work, name="setpoint-later", daemon=True)
+        self._later.start()
 
-        self._saver = threading.Thread(target=save, name="setpoint-save-weights", daemon=True)
-        self._saver.start()
+    def _save(self, cache: WeightCache, source: WeightSource) -> None:
+        self._closing.wait(SAVE_DELAY_S)
+        cache.save(source, self._store, self._abandon)
+
+    def _move(self) -> None:
+        """The first token comes from the mapped file, the later ones from huge pages."""
+        pause = MOVE_DELAY_S
+        for index in range(self._store.num_slices):
+            if self._closing.wait(pause):
+                return
+            try:
+                self._store.move_to_huge_pages(index)
+            except MemoryError:
+                return
+            pause = MOVE_PAUSE_S
