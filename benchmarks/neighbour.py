@@ -2,7 +2,8 @@
 
     python benchmarks/neighbour.py [--model smollm2-135m] [--neighbours 0,1] [--threads 1,2] [--repeat 5]
 
-One sequence is decoded in process, no HTTP. The neighbours run at the same priority as we do and are free to move
+One sequence is decoded in process, no HTTP. Its first --settle-tokens do not count: the engine tries from time to time
+whether one thread less is faster, and shall not pay for the case measured before. The neighbours run at the same priority as we do and are free to move
 between CPUs. All combinations take turns; percentiles are over all gaps of all repeats. The last line is one JSON
 document.
 """
@@ -73,13 +74,15 @@ def main() -> None:
     parser.add_argument("--neighbours", default="0,1")
     parser.add_argument("--threads", default=f"1,{len(os.sched_getaffinity(0))}")
     parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--settle-tokens", type=int, default=320)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=5)
     given = parser.parse_args()
     prompt = [random.Random(0).randrange(1000) for _ in range(given.prompt_tokens)]
     threads = sorted({int(count) for count in given.threads.split(",")})
     neighbours = [int(count) for count in given.neighbours.split(",")]
-    subjects = {count: Subject(given.model, count, len(prompt) + given.output_tokens) for count in threads}
+    num_outputs = given.settle_tokens + given.output_tokens
+    subjects = {count: Subject(given.model, count, len(prompt) + num_outputs) for count in threads}
     gaps: dict[tuple[int, int], list[float]] = {case: [] for case in product(threads, neighbours)}
     for subject in subjects.values():
         subject.gaps_ms(prompt, 16)
@@ -87,7 +90,7 @@ def main() -> None:
         order = list(gaps)[:: 1 if turn % 2 else -1]
         for case in order:
             with busy(case[1]):
-                gaps[case] += subjects[case[0]].gaps_ms(prompt, given.output_tokens)
+                gaps[case] += subjects[case[0]].gaps_ms(prompt, num_outputs)[given.settle_tokens :]
     for subject in subjects.values():
         subject.engine.shutdown()
     rows = []

@@ -307,6 +307,7 @@ void bind_program(nb::module_& m) {
                    "Part of the head that greedy rows had to read in full, after its 4-bit copy.")
       .def_prop_ro("isa", &Program::isa)
       .def_prop_ro("num_threads", &Program::num_threads)
+      .def_prop_ro("last_team", &Program::last_team, "Threads that worked at the end of the last step.")
       .def_prop_ro("kv_bytes", &Program::kv_bytes)
       .def("commit_kv", &Program::commit_kv, nb::call_guard<nb::gil_scoped_release>(), "Readies the memory of the first blocks.")
       .def_prop_ro("slot_bytes", &Program::slot_bytes, "What a step works in, as far as that grows with the largest step.");

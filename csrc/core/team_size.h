@@ -14,35 +14,32 @@ class TeamSize {
 
   // After a run of `seconds` in which each thread slept at barriers for `stalled` seconds on average.
   void note(double seconds, double stalled) {
-    if (size_ < most_ && ++rested_ >= rest_) {
-      size_ = most_;
-      seconds_ = stalled_ = 0;
-      runs_ = 0;
+    if (most_ == 1) return;
+    if (size_ < most_) {
+      if (++rested_ == rest_) size_ = most_;
       return;
     }
-    if (size_ < most_ || most_ == 1) return;
-    seconds_ += seconds;
-    stalled_ += stalled;
-    if (++runs_ < kWindow) return;
-    if (stalled_ * most_ > kWorthOneThread * seconds_) {
+    bad_ += stalled * most_ > kWorthOneThread * seconds;
+    const bool on_trial = rest_ > kShortestRest;
+    if (++runs_ < (on_trial ? kTrial : kWindow)) return;
+    if (2 * bad_ > runs_) {
       size_ = most_ - 1;
       rested_ = 0;
       rest_ = std::min(2 * rest_, kLongestRest);
     } else {
       rest_ = kShortestRest;
     }
-    seconds_ = stalled_ = 0;
-    runs_ = 0;
+    runs_ = bad_ = 0;
   }
 
  private:
-  static constexpr int kWindow = 8, kShortestRest = 32, kLongestRest = 1024;  // runs
+  // In runs. They are counted, not added up: a single one may stall long for reasons that pass.
+  static constexpr int kWindow = 12, kTrial = 4, kShortestRest = 32, kLongestRest = 256;
   static constexpr double kWorthOneThread = 0.8;                              // of what one of the threads contributes
 
   const int most_;
   int size_;
-  double seconds_ = 0, stalled_ = 0;
-  int runs_ = 0, rested_ = 0, rest_ = kShortestRest;
+  int runs_ = 0, bad_ = 0, rested_ = 0, rest_ = kShortestRest;
 };
 
 }  // namespace setpoint

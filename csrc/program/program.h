@@ -74,6 +74,7 @@ class Program {
   const Limits& limits() const { return limits_; }
   const char* isa() const { return kernels_.isa; }
   int num_threads() const { return pool_.size(); }
+  int last_team() const { return pool_.team(); }
   size_t kv_bytes() const { return kv_.bytes(); }
   void commit_kv() { kv_.commit_first_pages(); }  // before the first step, which finds its memory ready then
   size_t slot_bytes() const;                      // of what a step works in, as far as that grows with the largest step
