@@ -3,9 +3,9 @@
     python benchmarks/neighbour.py [--model smollm2-135m] [--neighbours 0,1] [--threads 1,2] [--repeat 5]
 
 One sequence is decoded in process, no HTTP. Its first --settle-tokens do not count: the engine tries from time to time
-whether one thread less is faster, and shall not pay for the case measured before. The neighbours run at the same priority as we do and are free to move
-between CPUs. All combinations take turns; percentiles are over all gaps of all repeats. The last line is one JSON
-document.
+whether one thread less is faster, and shall not pay for the case measured before. The neighbours run at the same
+priority as we do and are free to move between CPUs. All combinations take turns; percentiles are over all gaps of all
+repeats. The last line is one JSON document.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class TeamSize {
  private:
   // In runs. They are counted, not added up: a single one may stall long for reasons that pass.
   static constexpr int kWindow = 12, kTrial = 4, kShortestRest = 32, kLongestRest = 256;
-  static constexpr double kWorthOneThread = 0.8;                              // of what one of the threads contributes
+  static constexpr double kWorthOneThread = 0.8;  // of what one of the threads contributes
 
   const int most_;
   int size_;

@@ -37,6 +37,7 @@ class GreedyHead {
   }
   // Whether it pays now, and every one of the loaded rows is covered.
   bool covers(int rows) const;
+  const PackedWeight& first_weight() const { return shortlist_.weight(); }  // what find() reads first
   // By all threads together. Afterwards token(row) is the lowest id among the highest logits.
   void find(const Step& step, const HeadRows& rows, MatmulSchedule& schedule, int thread);
   int token(int row, int team) const;

@@ -95,8 +95,10 @@ void HeadStage::run(const Step& step, int thread) {
 }
 
 std::span<const uint8_t> HeadStage::first_reads(const Step& step, int thread) const {
-  const int panel = step.batch.num_rows() == 0 ? -1 : schedules_[0].first_panel(thread, step.pool.team());
-  return panel < 0 ? std::span<const uint8_t>() : stored_from(weight_, panel);
+  if (step.batch.num_rows() == 0) return {};
+  const int panel = schedules_[0].first_panel(thread, step.pool.team());
+  if (panel < 0) return {};
+  return stored_from(wants_best_alone(step, 0) ? greedy_->first_weight() : weight_, panel);
 }
 
 void HeadStage::gather(const Step& step, int chunk, int thread) {

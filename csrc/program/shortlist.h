@@ -36,6 +36,7 @@ class Shortlist {
   Shortlist(const PackedWeight& weight, int max_rows, uint8_t* memory);
 
   size_t num_bytes() const { return memory_bytes(weight_); }
+  const PackedWeight& weight() const { return weight_; }  // the 5-bit copy
 
   // Of input row `row`, given in two planes. False when the row is beyond what the bounds cover (not finite, say).
   bool load_row(int row, const QuantizedActivations& coarse, const QuantizedActivations& fine);
