@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from setpoint import _native
 from setpoint.errors import UnsupportedModelError
 from setpoint.loaders.mapped import MappedFile, quote
 from setpoint.quant.formats import FORMAT_BY_GGML_TYPE, FORMATS
@@ -82,6 +81,8 @@ class GGUFArray:
         """All elements, decoded. Raises ModelFileError when they are not strings or not UTF-8."""
         if self.kind != STRING:
             self.file.fail(f"metadata {quote(self.key)} must be an array of strings")
+        from setpoint import _native  # here: files are also written, and their layout known, where nothing is compiled
+
         strings = _native.read_strings(self.file.bytes, self.start, self.count)
         if len(strings) < self.count:
             self.file.fail(f"metadata {quote(self.key)} entry {len(strings)} is not valid UTF-8")
@@ -241,6 +242,8 @@ class GGUFFile(MappedFile):
         """Checks the extent of every string."""
         if count > MAX_ARRAY_STRINGS or count > (self.size - self._position) // 8:
             self.fail(f"{what} array of {count} strings is more than the file can hold or than {MAX_ARRAY_STRINGS}")
+        from setpoint import _native
+
         whole, position = _native.skip_strings(self.bytes, self._position, count)
         if whole < count:
             self.fail(f"{what} entry {whole} ends past the end of the file (truncated?)")
