@@ -159,7 +159,7 @@ def measure(model: Path, args: argparse.Namespace, directory: Path) -> dict[str,
             if state in NEW:
                 starts.prepare(state)
                 note(f"read {state}", read(model))
-            if args.rival_python and state in NEW:
+            if args.rival_python:
                 starts.prepare(state)
                 note(
                     f"llama.cpp {state}",

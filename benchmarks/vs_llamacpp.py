@@ -22,7 +22,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from peers import environments, report
+from peers import environments, report, scripts
 from peers.environments import LLAMA_CPP, OPENVINO, VLLM, CannotInstall, Rival
 from peers.files import model_file
 from peers.hugging_face import hugging_face_directory
@@ -87,7 +87,8 @@ def main() -> None:
     if given.quick:
         given.repeat = 1
     rows = select(SWEEP if given.sweep else TABLE, given.rows)
-    if not rows:
+    script_rows = [] if given.sweep else scripts.select(given.rows)
+    if not rows and not script_rows:
         raise SystemExit("no row has such a name")
     began = time.monotonic()
     pythons, unavailable = prepare_rivals(rows, given)
@@ -102,6 +103,7 @@ def main() -> None:
         "engines": {},
         "greedy": {},
         "rows": [],
+        "scripts": None,
     }
     with tempfile.TemporaryDirectory() as directory:
         logs = Path(directory)
@@ -113,8 +115,14 @@ def main() -> None:
             deadline = began if given.quick else began + 60 * given.minutes * share
             measure_model(model, of_model, pythons, machine, given, deadline, logs, document)
         machine.probe_worker.close()
+    if script_rows:
+        say("starts and overhead")
+        document["scripts"] = scripts.measure(script_rows, given.repeat, pythons[LLAMA_CPP.name])
     document["minutes"] = round((time.monotonic() - began) / 60, 1)
-    print(report.table(document["rows"], unavailable))
+    if document["rows"]:
+        print(report.table(document["rows"], unavailable))
+    if document["scripts"]:
+        print(scripts.table(document["scripts"]["rows"]))
     line = json.dumps(document)
     if given.output or not given.quick:
         path = given.output or RESULTS / f"{document['date']}-peers{'-sweep' if given.sweep else ''}.json"

@@ -39,6 +39,7 @@ def performance(document: dict[str, Any], file_name: str) -> str:
         *map(_line, document["rows"]),
         "",
     ]
+    lines += [*map(_script_line, (document.get("scripts") or {"rows": []})["rows"]), ""]
     others = [line for line in map(_others, document["rows"]) if line]
     if others:
         lines += [f"Ratios to other engines: {'; '.join(others)}.", ""]
@@ -54,6 +55,12 @@ def _line(row: dict[str, Any]) -> str:
     said = "–" if goal is None else f"{goal:g}{'' if row['passes'] else ' (missed)'}"
     rival = row["rivals"]["llama.cpp"]["theirs"]
     return f"| {row['name']} | {row['setpoint']:.0f} | {rival:.0f} | {row['ratio']:.2f} | {said} | {row['share']:.0%} |"
+
+
+def _script_line(row: dict[str, Any]) -> str:
+    goal = "" if row["goal"] is None else f", goal {row['goal']:g}{'' if row['passes'] else ' (missed)'}"
+    theirs = "" if row["theirs"] is None else f"; llama.cpp {row['theirs']:g} s"
+    return f"- {row['name']}: {row['value']:g} {row['unit']}{goal}{theirs}"
 
 
 def _others(row: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peers import scripts
 from peers.markdown import BEGIN, END, performance, with_performance
 from peers.rows import SWEEP, TABLE, Row, select
 from peers.samples import Pair, Probe, Sample, chosen, compare, passes
@@ -135,6 +136,9 @@ def test_random_weights_are_centred_and_spread_as_asked(tmp_path: Path) -> None:
     assert formats == {"Q4_K", "Q5_0", "Q6_K", "Q8_0"}
 
 
+ROW_OF_READING = "unseen 1 GB GGUF to ready, on disk"
+
+
 def result(ratio: float) -> dict[str, Any]:
     row = {"name": "m prefill", "row": {"goal": 2.0}, "setpoint": 1700.4, "ratio": ratio, "passes": ratio >= 2.0}
     rivals = {"llama.cpp": {"theirs": 800.0}, "openvino": {"ratio": 1.5}, "vllm": {"failed": "why"}}
@@ -143,7 +147,25 @@ def result(ratio: float) -> dict[str, Any]:
         "engines": {"llama.cpp": {"m": {"version": "llama-cpp-python 1"}}},
         "unavailable": {"other": "many\nlines"},
         "rows": [row | {"share": 0.655, "rivals": rivals}],
+        "scripts": {"rows": [script_rows()["start to first token"]]},
     }
+
+
+def script_rows() -> dict[str, dict[str, Any]]:
+    starts = {"generate cached": 0.61234, "llama.cpp cached": 0.9, "serve unread, ready": 1.5, "read unread": 0.5}
+    documents = {"startup": {"models": [{"median_s": starts}, {"median_s": starts}]}}
+    rows = [row for row in scripts.SCRIPT_ROWS if row.name in ("start to first token", ROW_OF_READING)]
+    return {row.name: scripts.row_document(row, documents[row.script]) for row in rows}
+
+
+def test_lines_of_scripts_have_a_most() -> None:
+    rows = script_rows()
+    assert rows["start to first token"] | {"name": ""} == {
+        "name": "", "unit": "s", "value": 0.612, "theirs": 0.9, "goal": 0.7, "passes": True,
+    }  # fmt: skip
+    assert (rows[ROW_OF_READING]["value"], rows[ROW_OF_READING]["passes"]) == (3.0, False)
+    assert scripts.table(list(rows.values())).count("MISS") == 1
+    assert [row.name for row in scripts.select("engine")] == ["overhead of runner and engine"]
 
 
 def test_readme_numbers_come_from_the_newest_result(tmp_path: Path) -> None:
@@ -157,6 +179,7 @@ def test_readme_numbers_come_from_the_newest_result(tmp_path: Path) -> None:
     assert text.endswith(f"{END}\nafter\n")
     assert "| m prefill | 1700 | 800 | 2.13 | 2 | 66% |" in text
     assert "m prefill: openvino 1.50." in text
+    assert "- start to first token: 0.612 s, goal 0.7; llama.cpp 0.9 s" in text
     assert "other is missing: lines." in text
     assert "results/2026-12-02-peers.json" in text
     assert with_performance(text, tmp_path) == text
