@@ -164,10 +164,12 @@ def _one_turn(
     row: Row, engines: list[Engine], prompts: list[list[int]], machine: Machine
 ) -> Iterator[tuple[str, Sample]]:
     """One sample of each engine, side by side. A rival that dies is noted and left out from then on."""
-    if row.phase == "decode":
-        for engine in engines:
-            with noting_failure(engine, row):
-                engine.run(replace(row, steps=1), prompts, engine.settings(row))  # fills the KV cache
+    # A prompt of the same length first, for all of them alike: it wakes an engine that waited while others worked.
+    # Decode fills its KV cache with it.
+    first = prompts if row.phase == "decode" else [prompt[::-1] for prompt in prompts]
+    for engine in engines:
+        with noting_failure(engine, row):
+            engine.run(replace(row, steps=1), first, engine.settings(row))
     before = machine.probe()
     for engine in engines:
         if row.name not in engine.failures:

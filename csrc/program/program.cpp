@@ -312,7 +312,7 @@ void Program::step(const StepInputs& inputs) {
   const auto entered = enter();
   batch_->load(inputs);
   for (size_t group = 0; group < kv_.groups().size(); ++group)
-    kv_.commit_ahead(static_cast<int>(group), batch_->highest_block(static_cast<int>(group)));
+    kv_.note_use(static_cast<int>(group), batch_->highest_block(static_cast<int>(group)));
   const Step step{kernels_, *batch_, kv_, work_, pool_};
   for (const auto& stage : stages_) stage->prepare(step);
   run_stages(step);
