@@ -304,7 +304,7 @@ void bind_program(nb::module_& m) {
       .def("set_profiling", &Program::set_profiling, "on"_a)
       .def_prop_ro("seconds", &seconds, "Seconds spent per kind of stage while profiling.")
       .def_prop_ro("head_retried_part", &Program::head_retried_part,
-                   "Part of the head that greedy rows had to read in full, after its 4-bit copy.")
+                   "Part of the head that greedy rows had to multiply in full, after screening it.")
       .def_prop_ro("isa", &Program::isa)
       .def_prop_ro("num_threads", &Program::num_threads)
       .def_prop_ro("last_team", &Program::last_team, "Threads that worked at the end of the last step.")

@@ -1,5 +1,5 @@
-// The output matrix for rows that want nothing but their most likely token: most of it is screened in 5 bits, little
-// is read in full (shortlist.h).
+// The output matrix for rows that want nothing but their most likely token: most of it is only screened, little is
+// multiplied in full (shortlist.h).
 #pragma once
 #include <optional>
 #include <span>
@@ -18,7 +18,8 @@ struct HeadRows {
   const QuantizedActivations& fine;
   FloatRows& logits;
 
-  // Exact logits of some rows and panels.
+  // Exact logits of some rows and panels; add_fine: where the coarse plane's part is there already.
+  void add_fine(const KernelTable& kernels, int row, int panel) const;
   void multiply(const KernelTable& kernels, int row_begin, int row_end, int panel_begin, int panel_end) const;
 };
 
@@ -28,38 +29,47 @@ class GreedyHead {
 
   size_t num_bytes() const { return shortlist_.num_bytes(); }
   // Of all panels screened so far, the part that had to be multiplied in full.
-  double retried_part() const { return all_screened_ == 0 ? 0. : static_cast<double>(all_retried_) / static_cast<double>(all_screened_); }
+  double retried_part() const;
   // By one thread, before the threads load the rows of a step.
   void prepare();
   // False when the row needs the whole matrix.
   bool load_row(int row, const HeadRows& rows) {
-    return covered_[static_cast<size_t>(row)] = shortlist_.load_row(row, rows.coarse, rows.fine);
+    const bool covered = shortlist_.load_row(row, rows.coarse, rows.fine);
+    covered_[static_cast<size_t>(row)] = covered;
+    return covered;
   }
-  // Whether it pays now, and every one of the loaded rows is covered.
+  // Whether it pays now for so many rows, and every one of the loaded rows is covered.
   bool covers(int rows) const;
-  const PackedWeight& first_weight() const { return shortlist_.weight(); }  // what find() reads first
+  const PackedWeight& first_weight(const PackedWeight& whole, int rows) const;  // what find() reads first
   // By all threads together. Afterwards token(row) is the lowest id among the highest logits.
   void find(const Step& step, const HeadRows& rows, MatmulSchedule& schedule, int thread);
   int token(int row, int team) const;
 
  private:
+  enum Screen : int { copy, whole, kScreens };
   struct Best {
     float logit;
     int token;
+    bool beats(const Best& other) const { return logit > other.logit || (logit == other.logit && token < other.token); }
   };
-  Best best_of_panel(const HeadRows& rows, int row, int panel) const;
-  void try_others(const Step& step, const HeadRows& rows, int thread);
+  // What a way to screen has cost, in panels.
+  struct Tally {
+    long screened = 0, retried = 0;  // since the last prepare
+    long all_screened = 0, all_retried = 0;
+    int steps_without = 0;  // to go, because it did not pay
+  };
+  Screen screen_for(int rows) const;  // kScreens: none pays
+  Best multiply(const Step& step, const HeadRows& rows, Screen screen, int row, int panel);
+  void try_others(const Step& step, const HeadRows& rows, Screen screen, int thread);
 
   int max_rows_;
   Shortlist shortlist_;
-  std::vector<char> covered_;     // [max_rows]
-  std::vector<float> threshold_;  // [max_rows] an exact logit: what is below cannot be the best
-  std::vector<Best> best_;        // [threads][max_rows]
-  std::vector<long> retried_;     // [threads] panels multiplied in full since the last prepare
-  long screened_ = 0;             // panels screened since then
-  long all_retried_ = 0, all_screened_ = 0;
-  int rows_ = 0;           // of the last screening
-  int steps_without_ = 0;  // to go, because the shortlist did not pay
+  std::vector<char> covered_;  // [max_rows]
+  std::vector<Best> first_;    // [max_rows] of its most promising panel: what is below cannot be the best
+  std::vector<Best> best_;     // [threads][max_rows]
+  std::vector<long> retried_;  // [threads] panels multiplied in full, in this chunk of rows
+  Tally tallies_[kScreens];
+  int rows_ = 0;  // of the last screening
 };
 
 }  // namespace setpoint

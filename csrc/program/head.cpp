@@ -98,7 +98,8 @@ std::span<const uint8_t> HeadStage::first_reads(const Step& step, int thread) co
   if (step.batch.num_rows() == 0) return {};
   const int panel = schedules_[0].first_panel(thread, step.pool.team());
   if (panel < 0) return {};
-  return stored_from(wants_best_alone(step, 0) ? greedy_->first_weight() : weight_, panel);
+  if (!wants_best_alone(step, 0)) return stored_from(weight_, panel);
+  return stored_from(greedy_->first_weight(weight_, chunk_end(step, 0)), panel);
 }
 
 void HeadStage::gather(const Step& step, int chunk, int thread) {

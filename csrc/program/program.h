@@ -77,7 +77,7 @@ class Program {
   int last_team() const { return pool_.team(); }
   size_t kv_bytes() const { return kv_.bytes(); }
   void commit_kv() { kv_.begin_committing(); }  // before the first step, which finds its memory ready then
-  size_t slot_bytes() const;                      // of what a step works in, as far as that grows with the largest step
+  size_t slot_bytes() const;                    // of what a step works in, as far as that grows with the largest step
 
   // Whether a step waits for all its threads before it starts. For tests: it
   // would else begin with those that are awake.

@@ -51,6 +51,11 @@ Floats4 bf16_4(const uint16_t* at) {
   return std::bit_cast<Floats4>(__builtin_convertvector(words, Doublewords4) << 16);
 }
 
+float largest_of_16(Floats4 a, Floats4 b, Floats4 c, Floats4 d) {
+  const Floats4 first = a > b ? a : b, second = c > d ? c : d, top = first > second ? first : second;
+  return std::max(std::max(top[0], top[1]), std::max(top[2], top[3]));
+}
+
 double dot(const float* a, const float* b, int n) {
   double sum = 0;
   for (int i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
@@ -106,9 +111,11 @@ Shortlist::Shortlist(const PackedWeight& whole, int max_rows, uint8_t* memory)
       codes_(memory + kLineBytes),
       bounds_(reinterpret_cast<uint16_t*>(codes_ + panel_bytes(weight_) * panels())),
       directions_(reinterpret_cast<float*>(bounds_ + panels() * kBounds * kLanes)),
+      panel_norms_(panels()),
       rows_(static_cast<size_t>(max_rows)),
       upper_(static_cast<size_t>(max_rows) * panels()) {
   weight_.data = codes_;
+  if (is_made(memory)) measure_panels();
 }
 
 Shortlist::Shortlist(const PackedWeight& whole, std::span<const float> hidden, const KernelTable& kernels, ThreadPool& pool, int max_rows,
@@ -125,7 +132,15 @@ Shortlist::Shortlist(const PackedWeight& whole, std::span<const float> hidden, c
   for (int d = 0; d < kDirections; ++d) fine_directions_.subtract_from(quantized.data() + d * whole.k, d);
   for (size_t i = 0; i < count; ++i) directions_[i] -= quantized[i];  // without what both planes leave out
   measure_errors(whole, kernels, pool);
+  measure_panels();
   memory[0] = 1;
+}
+
+void Shortlist::measure_panels() {
+  for (size_t panel = 0; panel < panels(); ++panel) {
+    const uint16_t* norms = bounds_ + (panel * kBounds + norm) * kLanes;
+    panel_norms_[panel] = bf16(*std::max_element(norms, norms + kLanes));  // positive ones: their bits are in their order
+  }
 }
 
 // Principal directions of the hidden rows, by power iteration on what the ones before leave.
@@ -296,13 +311,11 @@ float Shortlist::panel_bound(const Row& row, const float* y, int panel) const {
       most[i] += error * row.along[d] + (error < 0 ? -error : error) * row.rounding[d];
     }
   }
-  const Floats4 halves[2] = {most[0] > most[1] ? most[0] : most[1], most[2] > most[3] ? most[2] : most[3]};
-  const Floats4 top = halves[0] > halves[1] ? halves[0] : halves[1];
-  return std::max(std::max(top[0], top[1]), std::max(top[2], top[3]));
+  return largest_of_16(most[0], most[1], most[2], most[3]);
 }
 
-void Shortlist::screen(const KernelTable& kernels, MatmulArgs args) {
-  args.weight = &weight_;
+template <class BoundOf>
+void Shortlist::screen(const KernelTable& kernels, MatmulArgs args, BoundOf&& bound_of) {
   const int end = args.panel_end;
   for (int panel = args.panel_begin; panel < end; panel += kScreenPanels) {
     args.panel_begin = panel;
@@ -311,9 +324,28 @@ void Shortlist::screen(const KernelTable& kernels, MatmulArgs args) {
     for (int row = args.row_begin; row < args.row_end; ++row) {
       const float* y = args.out + static_cast<size_t>(row) * args.out_stride;
       float* upper = upper_.data() + static_cast<size_t>(row) * panels();
-      for (int p = args.panel_begin; p < args.panel_end; ++p) upper[p] = panel_bound(rows_[static_cast<size_t>(row)], y + p * kLanes, p);
+      for (int p = args.panel_begin; p < args.panel_end; ++p) upper[p] = bound_of(rows_[static_cast<size_t>(row)], y + p * kLanes, p);
     }
   }
+}
+
+void Shortlist::screen_copy(const KernelTable& kernels, MatmulArgs args) {
+  args.weight = &weight_;
+  screen(kernels, args, [this](const Row& row, const float* y, int panel) { return panel_bound(row, y, panel); });
+}
+
+void Shortlist::screen_whole(const KernelTable& kernels, MatmulArgs args) {
+  screen(kernels, args, [this](const Row& row, const float* y, int panel) {
+    const int channels = std::min(kLanes, weight_.n - panel * kLanes);
+    const float most =
+        channels == kLanes ? largest_of_16(load4(y), load4(y + 4), load4(y + 8), load4(y + 12)) : *std::max_element(y, y + channels);
+    // The same addition as that of the fine plane's product, which is at most so large: rounding keeps the order.
+    return most + panel_norms_[static_cast<size_t>(panel)] * row.slack;
+  });
+}
+
+void Shortlist::leave_out(int row, int panel) {
+  upper_[static_cast<size_t>(row) * panels() + static_cast<size_t>(panel)] = -std::numeric_limits<float>::infinity();
 }
 
 int Shortlist::most_promising(int row) const {
