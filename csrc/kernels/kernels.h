@@ -116,7 +116,9 @@ struct AttentionArgs {
   size_t q_stride = 0;
   float* out = nullptr;  // [rows][out_stride]
   size_t out_stride = 0;
-  int split_begin = 0, split_end = 0;  // absolute split indices to visit
+  int split_begin = 0, split_end = 0;   // absolute split indices to visit
+  const int32_t* next_pages = nullptr;  // block ids that the thread reads after this call, to be fetched towards its end
+  int num_next_pages = 0;
   // [rows][q heads of the call][splits][head_dim + 2] or null. A call that fills a part of a larger buffer says the whole's
   // splits per (row, head) and floats per row, and points at its own first entry; 0: the buffer is this call's.
   float* partial = nullptr;

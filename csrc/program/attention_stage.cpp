@@ -103,14 +103,23 @@ void AttentionStage::run(const Step& step, int thread) {
     Run& run = runs_[(static_cast<size_t>(thread) + i) % runs_.size()];
     for (size_t item = run.next.fetch_add(1, std::memory_order_relaxed); item < run.end;
          item = run.next.fetch_add(1, std::memory_order_relaxed))
-      run_item(step, items_[item], thread);
+      run_item(step, items_[item], item + 1 < run.end ? &items_[item + 1] : nullptr, thread);
   }
   if (merges_.empty()) return;
   step.pool.barrier();
   merge(step, thread);
 }
 
-void AttentionStage::run_item(const Step& step, const Item& item, int thread) const {
+std::span<const int32_t> AttentionStage::first_pages(const Step& step, const Item& item) const {
+  const Batch::Tile& tile = step.batch.tiles()[static_cast<size_t>(item.tile)];
+  const int window = step.kv.window_of(layer_);
+  const int token = std::max(item.splits.begin * kSplitTokens, window == 0 ? 0 : tile.position - window + 1);
+  const int first = token / kPageTokens, end = tile.position / kPageTokens + 1;
+  return {step.batch.block_table(step.kv.group_of(layer_), tile.entry) + first,
+          static_cast<size_t>(std::min(end - first, kBlockTokens / kPageTokens))};
+}
+
+void AttentionStage::run_item(const Step& step, const Item& item, const Item* next, int thread) const {
   FloatRows& q = step.work.values(q_);
   FloatRows& out = step.work.values(out_);
   const Batch::Tile& tile = step.batch.tiles()[static_cast<size_t>(item.tile)];
@@ -130,6 +139,11 @@ void AttentionStage::run_item(const Step& step, const Item& item, int thread) co
   args.out_stride = out.stride;
   args.split_begin = item.splits.begin;
   args.split_end = item.splits.end;
+  if (next != nullptr && tile.rows == 1 && step.batch.tiles()[static_cast<size_t>(next->tile)].rows == 1 && next->heads == item.heads) {
+    const auto pages = first_pages(step, *next);
+    args.next_pages = pages.data();
+    args.num_next_pages = static_cast<int>(pages.size());
+  }
   args.partial = item.partial;
   if (item.partial != nullptr) {
     args.partial_splits = splits_of(step, tile).size();

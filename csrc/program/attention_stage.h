@@ -4,6 +4,7 @@
 // way.
 #pragma once
 #include <atomic>
+#include <span>
 
 #include "program/stage.h"
 
@@ -28,6 +29,7 @@ class AttentionStage : public Stage {
   struct Range {
     int begin = 0, end = 0;
     int size() const { return end - begin; }
+    bool operator==(const Range&) const = default;
   };
   struct Item {
     int tile = 0;
@@ -52,7 +54,10 @@ class AttentionStage : public Stage {
   bool small(long cost, long pieces) const { return cost * parts_ <= total_ * pieces; }
   void cut(const Step& step, int index);
   float* take_partials(const Step& step, size_t floats);
-  void run_item(const Step& step, const Item& item, int thread) const;
+  // `next` is what the same thread is likely to run after it, or null.
+  void run_item(const Step& step, const Item& item, const Item* next, int thread) const;
+  // The pages that an item of a single row reads first.
+  std::span<const int32_t> first_pages(const Step& step, const Item& item) const;
   void merge(const Step& step, int thread) const;
 
   int layer_, heads_;

@@ -28,8 +28,8 @@ struct Block {       // one 64-token block
   int start;         // first token
   TokenRange range;  // tokens some query of the tile sees, inside the block
   int first_page, last_page;
-  const int32_t* ids;    // of its pages
-  const int32_t* ahead;  // of the pages to prefetch meanwhile
+  const int32_t* ids;         // of its pages
+  int32_t ahead[kMostPages];  // of the pages to prefetch meanwhile
 };
 
 constexpr int at_most(int limit, int wanted) { return wanted <= limit ? wanted : at_most(limit, wanted / 2); }

@@ -150,8 +150,12 @@ void visit(const AttentionArgs& a, Tile* tiles, int count, int start) {
   if (block.range.empty()) return;
   block.first_page = (block.range.begin - start) / kPageTokens;
   block.last_page = (block.range.end - start + kPageTokens - 1) / kPageTokens;
-  block.ids = block.ahead = a.block_table + start / kPageTokens;
-  if (start + 2 * kBlockTokens <= seen.end) block.ahead += kMostPages;
+  block.ids = a.block_table + start / kPageTokens;
+  const int left = (seen.end - start - kBlockTokens + kPageTokens - 1) / kPageTokens;  // pages, after this block
+  for (int page = block.first_page; page < block.last_page; ++page)
+    block.ahead[page] = page < left                            ? block.ids[kMostPages + page]
+                        : left <= 0 && page < a.num_next_pages ? a.next_pages[page]
+                                                               : block.ids[page];
   const int step = count > 1 ? 1 : kMostPages;
   const auto by = [&](auto&& visit_pages) {
     for (int page = block.first_page; page < block.last_page;) {
