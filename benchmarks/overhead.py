@@ -4,8 +4,8 @@
 
 One sequence is decoded in turn by: the native step alone; the runner (arrays in, records out); the engine thread
 (scheduling, events); a real `setpoint serve` process, read by a raw socket in a process of its own, and by the openai
-client. Each level is the median gap between two tokens; the server's own gaps come from its metrics, so that what a
-client on the same machine costs shows apart. The last line is one JSON document.
+client. Each level is the median gap between two tokens, and the mean one; the server's own gaps come from its metrics,
+which know the mean alone. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -189,39 +189,48 @@ def main() -> None:
     inside = InProcess(given.model, prompt, given.output_tokens, given.threads)
     server = Server(given.model, prompt, given.output_tokens, given.threads)
     probe = _native.Probe()
-    medians: dict[str, list[float]] = {}
+    medians: dict[str, Gaps] = {}
+    means: dict[str, Gaps] = {}
     probes = []
     try:
         for turn in range(given.repeat + 1):  # the first is a warm-up
             rows = {"native": inside.steps(native=True), "runner": inside.steps(native=False)}
             rows["engine"] = inside.through_engine()
-            rows["raw client"], served = server.read(raw_client)
-            rows["server, raw client"] = [served]
-            rows["openai client"], served = server.read(openai_client)
-            rows["server, openai client"] = [served]
+            rows["raw client"], seen_by_server = server.read(raw_client)
+            rows["openai client"], _ = server.read(openai_client)
             if turn > 0:
                 for name, gaps in rows.items():
                     medians.setdefault(name, []).append(statistics.median(gaps) * 1e3)
+                    means.setdefault(name, []).append(statistics.mean(gaps) * 1e3)
+                means.setdefault("server, raw client", []).append(seen_by_server * 1e3)
                 probes.append(probe.dram(given.threads, 0.05))
     finally:
         server.close()
         inside.engine.shutdown()
-    milliseconds = {name: statistics.median(values) for name, values in medians.items()}
-    over = {
-        name: statistics.median(here / native - 1 for here, native in zip(values, medians["native"], strict=True))
-        for name, values in medians.items()
-    }
-    for name, value in milliseconds.items():
-        print(f"{name:24} {value:7.3f} ms  {over[name]:+7.1%}")
+    for kind, values in (("median", medians), ("mean", means)):
+        for name in values:
+            print(f"{kind:8}{name:24} {middle(values[name]):7.3f} ms  {over_native(values, name):+7.1%}")
     document = {
         "model": given.model,
         "threads": given.threads,
         "prompt_tokens": given.prompt_tokens,
-        "gap_ms": {name: round(value, 4) for name, value in milliseconds.items()},
-        "over_native": {name: round(value, 4) for name, value in over.items()},
+        "gap_ms": {name: middle(values) for name, values in medians.items()},
+        "over_native": {name: over_native(medians, name) for name in medians},
+        "mean_gap_ms": {name: middle(values) for name, values in means.items()},
+        "mean_over_native": {name: over_native(means, name) for name in means},
         "dram_gb_s": round(statistics.median(probes), 1),
     }
     print(json.dumps(document))
+
+
+def middle(values: Gaps) -> float:
+    return round(statistics.median(values), 4)
+
+
+def over_native(values: dict[str, Gaps], name: str) -> float:
+    """The median of the turns, of what this level took beyond the native step of the same turn, as a part of it."""
+    parts = [here / native - 1 for here, native in zip(values[name], values["native"], strict=True)]
+    return round(statistics.median(parts), 4)
 
 
 if __name__ == "__main__":
