@@ -41,7 +41,10 @@ class CachedSequences {
     fill(sequences);
   }
 
-  KvView view() { return {shape_.format, shape_.model->kv_heads, shape_.model->head_dim, k_.data(), v_.data()}; }
+  KvView view() {
+    const int heads = shape_.model->kv_heads, head_dim = shape_.model->head_dim;
+    return {shape_.format, heads, head_dim, k_.data(), v_.data(), kv_span_bytes(shape_.format, heads, head_dim)};
+  }
   const int32_t* table(size_t sequence) const { return tables_.data() + sequence * size_t(pages_) % tables_.size(); }
 
  private:
@@ -180,7 +183,8 @@ class KvStoreWorkload : public Workload {
  private:
   void store(const KernelTable& kernels, int thread, std::vector<uint8_t>& k, std::vector<uint8_t>& v) {
     KvStoreArgs args;
-    args.kv = {format_, model_.kv_heads, model_.head_dim, k.data(), v.data()};
+    const size_t span_bytes = kv_span_bytes(format_, model_.kv_heads, model_.head_dim);
+    args.kv = {format_, model_.kv_heads, model_.head_dim, k.data(), v.data(), span_bytes};
     args.block_table = table_.data() + thread * pages_;
     args.position = 3;  // not at the begin of a page
     args.rows = rows_;

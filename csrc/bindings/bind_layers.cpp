@@ -93,7 +93,7 @@ KvView view_of(KvFormat format, CacheBytes k, CacheBytes v, int kv_heads, int he
   check(static_cast<size_t>(tokens) <= table.shape(0) * kPageTokens, "the block table is too short");
   for (size_t i = 0; i < table.shape(0); ++i)
     check(table(i) >= -1 && table(i) < static_cast<int64_t>(blocks), "a block id is outside the cache");
-  return {format, kv_heads, head_dim, k.data(), v.data()};
+  return {format, kv_heads, head_dim, k.data(), v.data(), kv_span_bytes(format, kv_heads, head_dim)};
 }
 
 void kv_store(const std::string& isa, const std::string& format, CacheBytes k_cache, CacheBytes v_cache, int kv_heads,

@@ -49,9 +49,16 @@ SETPOINT_INLINE size_t kv_page_bytes(KvFormat format, int head_dim) {
   return kv_element_bytes(format) * kPageTokens * static_cast<size_t>(head_dim) + scales;
 }
 
+// Bytes of a layer's keys, or values, in a span.
+SETPOINT_INLINE size_t kv_span_bytes(KvFormat format, int kv_heads, int head_dim) {
+  return static_cast<size_t>(kSpanBlocks * kv_heads) * kv_page_bytes(format, head_dim);
+}
+
 // Bytes from the start of k, and of v, to the page of a block and head.
 SETPOINT_INLINE size_t page_offset(const KvView& kv, int block, int kv_head) {
-  return (static_cast<size_t>(block) * kv.kv_heads + kv_head) * kv_page_bytes(kv.format, kv.head_dim);
+  const unsigned id = static_cast<unsigned>(block);
+  return id / kSpanBlocks * kv.span_stride +
+         static_cast<size_t>(static_cast<int>(id % kSpanBlocks) * kv.kv_heads + kv_head) * kv_page_bytes(kv.format, kv.head_dim);
 }
 
 // The sum of a block's probabilities; `p` is overwritten.

@@ -70,15 +70,18 @@ struct MatmulArgs {
 enum class KvFormat : uint8_t { f32, f16, bf16, s16 };  // s16: codes with a scale per (token, head), attention_codes.h
 
 // One layer's cache. K page: [head_dim][16 tokens]; V page: [16 tokens][head_dim]. The pages of a block's heads follow each
-// other, and so do blocks: page of (block b, kv head h) at (b * kv_heads + h) * kv_page_bytes(format, head_dim), see attention.h.
+// other, and so do the blocks of a span; `span_stride` bytes lead from a span to the next one, with room for the other
+// layers' pages in between: see page_offset in attention.h.
 struct KvView {
   KvFormat format = KvFormat::f16;
   int kv_heads = 0;
   int head_dim = 0;
   uint8_t* k = nullptr;
   uint8_t* v = nullptr;
+  size_t span_stride = 0;  // of k, and of v
 };
 
+constexpr int kSpanBlocks = 16;    // KV blocks of a layer that lie together
 constexpr int kPageTokens = 16;    // tokens of a KV block
 constexpr int kBlockTokens = 64;   // attention block, absolute positions
 constexpr int kSplitTokens = 512;  // attention split, absolute positions

@@ -3,7 +3,9 @@
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <limits>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -13,7 +15,10 @@ namespace setpoint {
 
 namespace {
 
-constexpr size_t kRunwayBytes = size_t{256} << 20;  // of all keys and values
+constexpr int kFirstSpans = 2;
+constexpr size_t kRunwayBytes = size_t{256} << 20;  // committed ahead of the blocks in use
+
+size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
 void run_in_background() {
 #if defined(__linux__)
@@ -26,7 +31,7 @@ void run_in_background() {
 int KvCache::add_group(int num_blocks, int window) {
   if (num_blocks < 1 || window < 0) throw std::invalid_argument("a KV group needs at least one block and a window >= 0");
   groups_.push_back({num_blocks, window});
-  uses_.emplace_back();
+  pools_.emplace_back();
   return static_cast<int>(groups_.size()) - 1;
 }
 
@@ -36,20 +41,38 @@ int KvCache::add_layer(int group, int kv_heads, int head_dim) {
   if (format_ == KvFormat::s16 && (head_dim % 2 != 0 || head_dim > kMostCodeHeadDim))
     throw std::invalid_argument("the s16 KV cache needs an even head_dim of at most " + std::to_string(kMostCodeHeadDim) +
                                 "; use --kv-cache-dtype f16");
-  const size_t pages = static_cast<size_t>(groups_[static_cast<size_t>(group)].num_blocks) * static_cast<size_t>(kv_heads);
   Layer layer;
   layer.group = group;
-  layer.k = MappedArray<uint8_t>(pages * kv_page_bytes(format_, head_dim));
-  layer.v = MappedArray<uint8_t>(pages * kv_page_bytes(format_, head_dim));
-  layer.view = {format_, kv_heads, head_dim, layer.k.data(), layer.v.data()};
-  layer.committed = std::min(kHugePage, layer.k.size());  // by the first step, if not before
-  layers_.push_back(std::move(layer));
+  layer.view = {format_, kv_heads, head_dim, nullptr, nullptr, 0};
+  size_t& span_bytes = pools_[static_cast<size_t>(group)].span_bytes;
+  layer.keys_at = span_bytes;
+  layer.values_at = span_bytes + kv_span_bytes(format_, kv_heads, head_dim);
+  span_bytes = layer.values_at + kv_span_bytes(format_, kv_heads, head_dim);
+  layers_.push_back(layer);
   return static_cast<int>(layers_.size()) - 1;
+}
+
+void KvCache::allocate() {
+  for (size_t group = 0; group < groups_.size(); ++group) {
+    Pool& pool = pools_[group];
+    const size_t spans = (static_cast<size_t>(groups_[group].num_blocks) + kSpanBlocks - 1) / kSpanBlocks;
+    if (pool.span_bytes > SIZE_MAX / 2 / spans) throw std::bad_alloc();
+    pool.memory = MappedArray<uint8_t>(spans * pool.span_bytes);
+  }
+  for (Layer& layer : layers_) {
+    Pool& pool = pools_[static_cast<size_t>(layer.group)];
+    layer.view.k = pool.memory.data() + layer.keys_at;
+    layer.view.v = pool.memory.data() + layer.values_at;
+    layer.view.span_stride = pool.span_bytes;
+  }
 }
 
 void KvCache::begin_committing() {
   if (committer_.joinable()) return;
-  for (Layer& layer : layers_) layer.k[0] = layer.v[0] = 0;
+  for (Pool& pool : pools_) {
+    pool.committed = std::min(round_up(kFirstSpans * pool.span_bytes, kHugePage), pool.memory.size());
+    for (size_t at = 0; at < pool.committed; at += kHugePage) pool.memory[at] = 0;
+  }
   committer_ = std::thread([this] { commit_ahead(); });
 }
 
@@ -62,35 +85,30 @@ KvCache::~KvCache() {
 }
 
 void KvCache::note_use(int group, int highest_block) {
-  Use& use = uses_[static_cast<size_t>(group)];
-  if (highest_block <= use.highest_block.load(std::memory_order_relaxed)) return;
-  use.highest_block.store(highest_block);
-  if (highest_block < use.next_work.load()) return;
+  Pool& pool = pools_[static_cast<size_t>(group)];
+  if (highest_block <= pool.highest_block.load(std::memory_order_relaxed)) return;
+  pool.highest_block.store(highest_block);
+  if (highest_block < pool.next_work.load()) return;
   calls_.fetch_add(1);
   calls_.notify_one();
 }
 
-size_t KvCache::block_bytes(const Layer& layer) const {
-  return static_cast<size_t>(layer.view.kv_heads) * kv_page_bytes(format_, layer.view.head_dim);
-}
-
-size_t KvCache::runway(const Layer& layer) const {
-  return std::max(kHugePage, kRunwayBytes / (2 * layers_.size()) / block_bytes(layer) * block_bytes(layer));
+size_t KvCache::wanted_bytes(const Pool& pool) {
+  const size_t used = (static_cast<size_t>(pool.highest_block + 1) / kSpanBlocks + 1) * pool.span_bytes;
+  return std::min(used + kRunwayBytes, pool.memory.size());
 }
 
 void KvCache::commit_ahead() {
   run_in_background();
+  calls_.wait(0);  // for the first step: a start has better things to do
   while (true) {
     const unsigned call = calls_;
     while (!ends_ && commit_one_page()) {
     }
     if (ends_) return;
-    for (Use& use : uses_) use.next_work = std::numeric_limits<int>::max();
-    for (const Layer& layer : layers_) {
-      if (layer.committed >= layer.k.size()) continue;
-      std::atomic<int>& next = uses_[static_cast<size_t>(layer.group)].next_work;
-      const size_t ahead = runway(layer);
-      next = std::min(next.load(), static_cast<int>(layer.committed < ahead ? 0 : (layer.committed - ahead) / block_bytes(layer)));
+    for (Pool& pool : pools_) {
+      const size_t spans = pool.committed <= kRunwayBytes ? 0 : (pool.committed - kRunwayBytes) / pool.span_bytes;
+      pool.next_work = pool.committed >= pool.memory.size() ? std::numeric_limits<int>::max() : static_cast<int>(spans * kSpanBlocks);
     }
     calls_.wait(call);
   }
@@ -98,22 +116,19 @@ void KvCache::commit_ahead() {
 
 bool KvCache::commit_one_page() {
   bool did = false;
-  for (Layer& layer : layers_) {
-    const size_t used = (static_cast<size_t>(uses_[static_cast<size_t>(layer.group)].highest_block) + 1) * block_bytes(layer);
-    if (layer.committed >= std::min(used + runway(layer), layer.k.size())) continue;
-    const size_t bytes = std::min(kHugePage, layer.k.size() - layer.committed);
-    commit_memory(layer.k.data() + layer.committed, bytes);
-    commit_memory(layer.v.data() + layer.committed, bytes);
-    layer.committed += bytes;
+  for (Pool& pool : pools_) {
+    if (pool.committed >= wanted_bytes(pool)) continue;
+    const size_t bytes = std::min(kHugePage, pool.memory.size() - pool.committed);
+    commit_memory(pool.memory.data() + pool.committed, bytes);
+    pool.committed += bytes;
     did = true;
-    if (ends_) break;
   }
   return did;
 }
 
 size_t KvCache::bytes() const {
   size_t total = 0;
-  for (const Layer& layer : layers_) total += layer.k.size() + layer.v.size();
+  for (const Pool& pool : pools_) total += pool.memory.size();
   return total;
 }
 

@@ -1,5 +1,8 @@
-// The paged key/value cache: one pool of blocks per group of layers, allocated
-// once.
+// The paged key/value cache: one pool of blocks per group of layers, allocated once.
+//
+// A pool is a row of spans: [span of kSpanBlocks blocks][layer][keys, values][block][head]. So what some tokens take lies
+// in few huge pages, of which every one costs a virtual machine up to 5 ms at its first touch, while a layer still reads
+// long runs.
 #pragma once
 #include <atomic>
 #include <deque>
@@ -24,13 +27,13 @@ class KvCache {
   ~KvCache();
   KvCache(const KvCache&) = delete;
 
-  // Both return the new index and throw std::invalid_argument on absurd sizes,
-  // std::bad_alloc without memory.
+  // Both return the new index and throw std::invalid_argument on absurd sizes.
   int add_group(int num_blocks, int window);
   int add_layer(int group, int kv_heads, int head_dim);
-  // Commits the first huge page of every layer's keys and values, and from then on, in a thread, what lies ahead of the
-  // blocks in use: first touches take milliseconds a huge page on a virtual machine, better not in a request. Low block
-  // ids are handed out first. Called when all layers are there.
+  // Once all layers are there; from then on views are complete. Throws std::bad_alloc.
+  void allocate();
+  // Commits the memory of the first spans and from then on, in a thread, what lies ahead of the blocks in use, so that
+  // requests seldom meet a first touch. Low block ids are handed out first.
   void begin_committing();
   // Blocks up to this one are in use. Costs two loads as long as enough is committed ahead of it.
   void note_use(int group, int highest_block);
@@ -45,22 +48,23 @@ class KvCache {
   struct Layer {
     int group = 0;
     KvView view;
-    MappedArray<uint8_t> k, v;
-    size_t committed = 0;  // bytes of each; the committing thread's own
+    size_t keys_at = 0, values_at = 0;  // bytes into a span
   };
-  struct Use {
-    std::atomic<int> highest_block{0};
-    std::atomic<int> next_work{0};  // the highest block that asks for more
+  struct Pool {  // of a group
+    size_t span_bytes = 0;
+    MappedArray<uint8_t> memory;
+    size_t committed = 0;                // the committing thread's own, once it runs
+    std::atomic<int> highest_block{-1};  // in use
+    std::atomic<int> next_work{0};       // the highest block that asks for more
   };
   void commit_ahead();
-  bool commit_one_page();  // of each layer that needs it; false: none did
-  size_t block_bytes(const Layer& layer) const;
-  size_t runway(const Layer& layer) const;  // bytes that shall be committed ahead of those in use
+  bool commit_one_page();                        // of each pool that needs it; false: none did
+  static size_t wanted_bytes(const Pool& pool);  // committed, for what is in use
 
   KvFormat format_;
   std::vector<KvGroup> groups_;
+  std::deque<Pool> pools_;  // of the groups
   std::vector<Layer> layers_;
-  std::deque<Use> uses_;  // of the groups
   std::atomic<unsigned> calls_{0};
   std::atomic<bool> ends_{false};
   std::thread committer_;

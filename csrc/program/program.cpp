@@ -189,6 +189,7 @@ void Program::head(int in, std::vector<float> norm_weight, float eps, const Pack
   auto stage =
       std::make_unique<HeadStage>(in, wanted_, HeadStage::Norm{std::move(norm_weight), eps}, weight, limits_, pool_.size(), kernels_.isa);
   allocate_slots();
+  kv_.allocate();
   read_ahead_.resize(static_cast<size_t>(pool_.size()));
   for (int thread = 0; thread < pool_.size(); ++thread) work_.attention_scratch.emplace_back(attention_floats_);
   work_.partials = MappedArray<float>(partial_floats_);
