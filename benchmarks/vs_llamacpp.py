@@ -100,6 +100,7 @@ def main() -> None:
         "repeat": given.repeat,
         "machine": None if given.quick else report.machine_record(),
         "unavailable": unavailable,
+        "failed": {},
         "engines": {},
         "greedy": {},
         "rows": [],
@@ -113,7 +114,11 @@ def main() -> None:
             of_model = [row for row in rows if row.model == model]
             share = (len(document["rows"]) + len(of_model)) / len(rows)  # later models get their time for repeats too
             deadline = began if given.quick else began + 60 * given.minutes * share
-            measure_model(model, of_model, pythons, machine, given, deadline, logs, document)
+            try:
+                measure_model(model, of_model, pythons, machine, given, deadline, logs, document)
+            except WorkerDied as error:  # the other models' rows took minutes, too
+                document["failed"][model] = str(error)
+                say(f"{model} failed: {error}")
         machine.probe_worker.close()
     if script_rows:
         say("starts and overhead")
@@ -130,6 +135,8 @@ def main() -> None:
         path.write_text(json.dumps(document, indent=1) + "\n")
         say(f"written to {path}")
     print(line)
+    if document["failed"]:
+        raise SystemExit(f"failed: {', '.join(document['failed'])}")
 
 
 def prepare_rivals(rows: list[Row], given: argparse.Namespace) -> tuple[dict[str, Path], dict[str, str]]:

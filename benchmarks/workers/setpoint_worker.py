@@ -32,13 +32,22 @@ class Engine:
         return {"seconds": run.first - run.arrival, "tokens": len(prompt), "output": run.outputs}
 
     def decode(self, prompts: list[list[int]], steps: int, copies: bool, settings: dict[str, Any]) -> Answer:
-        if prompts != self.filled:
+        run = self._decoded(prompts, steps)
+        if run is None:  # other prompts, or a prefill since then needed the room
             self._run(prompts, 1, salt="filled")
-            self.filled = prompts
-        run = self._run(prompts, steps + 1, salt="filled")
-        if run.cached < sum(len(prompt) - 1 for prompt in prompts) - 16 * len(prompts):
-            raise RuntimeError(f"only {run.cached} prompt tokens came from the cache")
+            run = self._decoded(prompts, steps)
+        if run is None:
+            raise RuntimeError("the prompts do not stay in the KV cache")
         return {"seconds": run.full_batch_s, "tokens": run.full_batch_tokens, "output": run.outputs}
+
+    def _decoded(self, prompts: list[list[int]], steps: int) -> Run | None:
+        """None when the cache did not hold the prompts."""
+        if prompts != self.filled:
+            self.filled = prompts
+            return None
+        run = self._run(prompts, steps + 1, salt="filled")
+        wanted = sum(len(prompt) - 1 for prompt in prompts) - 16 * len(prompts)
+        return run if run.cached >= wanted else None
 
     def _run(self, prompts: list[list[int]], output_tokens: int, salt: str) -> Run:
         params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
