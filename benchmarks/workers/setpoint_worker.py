@@ -19,12 +19,19 @@ PATIENCE_S = 600.0
 
 class Engine:
     def __init__(self, model: str, context: int, batch: int, threads: int) -> None:
-        self.events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
+        self.events: list[Event] = []
+        self.ended: queue.SimpleQueue[int] = queue.SimpleQueue()  # how many requests, each time some do
         config = EngineConfig(model=model, max_model_len=context, max_num_seqs=batch, num_threads=threads)
-        self.assembly = build_engine(config, self.events.put)
+        self.assembly = build_engine(config, self._deliver)
         self.assembly.engine.start()
         self.names = (f"bench-{i}" for i in itertools.count())
         self.filled: list[list[int]] = []
+
+    def _deliver(self, events: list[Event]) -> None:
+        """Nobody reads the tokens one by one: waking a thread for each would take a CPU from the step."""
+        self.events += events
+        if ended := sum(event.finish_reason is not None for event in events):
+            self.ended.put(ended)
 
     def prefill(self, prompt: list[int], settings: dict[str, Any]) -> Answer:
         # A salt of its own: nothing may be reused, and what it leaves behind is never found again.
@@ -54,29 +61,22 @@ class Engine:
         requests = [Request(next(self.names), prompt, params, cache_salt=salt) for prompt in prompts]
         for request in requests:
             self.assembly.engine.submit(request)
-        run = Run([request.request_id for request in requests])
-        while not run.finished:
-            run.take(self.events.get(timeout=PATIENCE_S))
-        return run
+        left = len(requests)
+        while left > 0:
+            left -= self.ended.get(timeout=PATIENCE_S)
+        events, self.events = self.events, []
+        return Run([request.request_id for request in requests], events)
 
 
 class Run:
     """The events of one batch."""
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str], events: list[Event]) -> None:
         self.events: dict[str, list[Event]] = {name: [] for name in names}
-        self.open = len(names)
-
-    def take(self, events: list[Event]) -> None:
         for event in events:
             if event.error is not None:
                 raise event.error
             self.events[event.request_id].append(event)
-            self.open -= event.finish_reason is not None
-
-    @property
-    def finished(self) -> bool:
-        return self.open == 0
 
     @property
     def arrival(self) -> float:
