@@ -87,7 +87,7 @@ def main() -> None:
     if given.quick:
         given.repeat = 1
     rows = select(SWEEP if given.sweep else TABLE, given.rows)
-    script_rows = [] if given.sweep else scripts.select(given.rows)
+    script_rows = [] if given.sweep else select(scripts.SCRIPT_ROWS, given.rows)
     if not rows and not script_rows:
         raise SystemExit("no row has such a name")
     began = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 Phase = Literal["prefill", "decode"]
 
@@ -66,7 +66,15 @@ SWEEP = (
 )
 
 
-def select(rows: Iterable[Row], pattern: str | None) -> list[Row]:
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+R = TypeVar("R", bound=Named)
+
+
+def select(rows: Iterable[R], pattern: str | None) -> list[R]:
     """Rows whose name contains the pattern, or matches it as a shell pattern; several are separated by commas."""
     if pattern is None:
         return list(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import subprocess
 import sys
@@ -73,13 +72,6 @@ SCRIPT_ROWS = (
         _over_native("openai client"),
     ),
 )
-
-
-def select(pattern: str | None) -> list[ScriptRow]:
-    if pattern is None:
-        return list(SCRIPT_ROWS)
-    patterns = [part.strip() for part in pattern.split(",")]
-    return [row for row in SCRIPT_ROWS if any(fnmatch.fnmatch(row.name, f"*{part}*") for part in patterns)]
 
 
 def measure(rows: Sequence[ScriptRow], repeat: int, llama_cpp_python: Path) -> dict[str, Any]:

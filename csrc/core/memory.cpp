@@ -13,8 +13,6 @@ namespace {
 
 constexpr size_t kPage = 4096;
 
-[[maybe_unused]] size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
-
 }  // namespace
 
 #if defined(__SANITIZE_ADDRESS__)

@@ -24,6 +24,8 @@ void clear_memory(void* address, size_t bytes);
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
+constexpr size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+
 // Commits pages of such memory before they are touched; does nothing where the system cannot.
 void commit_memory(void* address, size_t bytes) noexcept;
 

@@ -21,36 +21,34 @@ constexpr int kStepsWithout = 256;
 
 }  // namespace
 
-void HeadRows::add_fine(const KernelTable& kernels, int row, int panel) const {
-  MatmulArgs args;
+// args: rows and panels. The fine plane's product is added to what is there.
+void HeadRows::multiply_plane(const KernelTable& kernels, MatmulArgs args, bool is_fine) const {
   args.weight = &weight;
+  args.q = (is_fine ? fine : coarse).view();
+  args.accumulate = is_fine;
   args.out = logits.values.data();
   args.out_stride = logits.stride;
+  run_matmul(kernels, args);
+}
+
+void HeadRows::add_fine(const KernelTable& kernels, int row, int panel) const {
+  MatmulArgs args;
   args.row_begin = row;
   args.row_end = row + 1;
   args.panel_begin = panel;
   args.panel_end = panel + 1;
-  args.q = fine.view();
-  args.accumulate = true;
-  run_matmul(kernels, args);
+  multiply_plane(kernels, args, true);
 }
 
 void HeadRows::multiply(const KernelTable& kernels, int row_begin, int row_end, int panel_begin, int panel_end) const {
   MatmulArgs args;
-  args.weight = &weight;
-  args.out = logits.values.data();
-  args.out_stride = logits.stride;
   args.row_begin = row_begin;
   args.row_end = row_end;
   for (int panel = panel_begin; panel < panel_end; panel += kPlanePanels) {
     args.panel_begin = panel;
     args.panel_end = std::min(panel + kPlanePanels, panel_end);
-    args.q = coarse.view();
-    args.accumulate = false;
-    run_matmul(kernels, args);
-    args.q = fine.view();
-    args.accumulate = true;
-    run_matmul(kernels, args);
+    multiply_plane(kernels, args, false);
+    multiply_plane(kernels, args, true);
   }
 }
 

@@ -1,7 +1,6 @@
 // The output matrix for rows that want nothing but their most likely token: most of it is only screened, little is
 // multiplied in full (shortlist.h).
 #pragma once
-#include <optional>
 #include <span>
 #include <vector>
 
@@ -21,6 +20,9 @@ struct HeadRows {
   // Exact logits of some rows and panels; add_fine: where the coarse plane's part is there already.
   void add_fine(const KernelTable& kernels, int row, int panel) const;
   void multiply(const KernelTable& kernels, int row_begin, int row_end, int panel_begin, int panel_end) const;
+
+ private:
+  void multiply_plane(const KernelTable& kernels, MatmulArgs args, bool is_fine) const;
 };
 
 class GreedyHead {
@@ -32,12 +34,7 @@ class GreedyHead {
   double retried_part() const;
   // By one thread, before the threads load the rows of a step.
   void prepare();
-  // False when the row needs the whole matrix.
-  bool load_row(int row, const HeadRows& rows) {
-    const bool covered = shortlist_.load_row(row, rows.coarse, rows.fine);
-    covered_[static_cast<size_t>(row)] = covered;
-    return covered;
-  }
+  void load_row(int row, const HeadRows& rows) { covered_[static_cast<size_t>(row)] = shortlist_.load_row(row, rows.coarse, rows.fine); }
   // Whether it pays now for so many rows, and every one of the loaded rows is covered.
   bool covers(int rows) const;
   const PackedWeight& first_weight(const PackedWeight& whole, int rows) const;  // what find() reads first

@@ -18,8 +18,6 @@ namespace {
 constexpr int kFirstSpans = 2;
 constexpr size_t kRunwayBytes = size_t{256} << 20;  // committed ahead of the blocks in use
 
-size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
-
 void run_in_background() {
 #if defined(__linux__)
   setpriority(PRIO_PROCESS, 0, 19);  // of this thread alone, there

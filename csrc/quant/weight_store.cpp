@@ -17,8 +17,6 @@ namespace {
 constexpr size_t kAlignment = 64;
 constexpr size_t kPieceBytes = size_t{1} << 20;  // of packed data: what a thread takes at a time
 
-size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
-
 // Calls work(i) for i in [0, count) from several threads, in ascending order of starts.
 template <class Work>
 void share(size_t count, int num_threads, Work&& work) {
