@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ def serve(
     from setpoint.server.context import ServerContext, ServerSettings
     from setpoint.server.events import EventRouter
     from setpoint.server.logs import EventLog
-    from setpoint.server.run import bind
+    from setpoint.server.run import FORCED, bind
     from setpoint.server.run import serve as run_server
 
     config, http = configure(model=model), configure_server()
@@ -79,6 +80,10 @@ def serve(
         code = run_server(context, sock=listener, host=http.host, on_ready=announce)
     finally:
         listener.close()
+    if code == FORCED:  # threads may be inside native code: an interpreter that ends under them aborts
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     raise typer.Exit(code)
 
 
