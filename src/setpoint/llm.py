@@ -165,7 +165,7 @@ class LLM:
             config = _config(model or "", knobs)
         elif knobs:
             raise ConfigError(f"give {', '.join(knobs)} in the config")
-        self._assembly: Assembly = build_engine(config, self._events.put, progress=progress, phase=phase)
+        self._assembly: Assembly = build_engine(config, self._events.put, progress=progress, phase=phase, chats=False)
         self._ids = itertools.count()
         self._lock = threading.Lock()  # one generate() at a time owns the event queue
         self._assembly.engine.start()
@@ -192,8 +192,8 @@ class LLM:
         return self._assembly.tokenizer
 
     def require_chat_template(self) -> None:
-        """Raise RequestError when the model has no chat template."""
-        chat_template_of(self._assembly)
+        """Raise RequestError when the model has no chat template, ModelFileError when it does not compile."""
+        chat_template_of(self._assembly).compile()
 
     def generate(
         self,

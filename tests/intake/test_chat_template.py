@@ -43,7 +43,9 @@ def impatient() -> Iterator[TemplateSandbox]:
 
 
 def template(source: str, sandbox: TemplateSandbox) -> ChatTemplate:
-    return ChatTemplate(source, bos_token="<s>", eos_token="</s>", sandbox=sandbox)
+    template = ChatTemplate(source, bos_token="<s>", eos_token="</s>", sandbox=sandbox)
+    template.compile()
+    return template
 
 
 def render(source: str, sandbox: TemplateSandbox, messages: list[Message] = HI, **options: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 from setpoint.errors import EngineError, ModelError, ModelFileError, RequestError
@@ -27,7 +28,7 @@ _OWN_VARIABLES = frozenset(
 class ChatTemplate:
     """The chat template of one model; `source` is None for a model that has none, and then nothing can be rendered.
 
-    Raises ModelFileError when the template does not compile.
+    It is compiled by `compile`, or else when it is first used: either raises ModelFileError when that cannot be done.
     """
 
     def __init__(
@@ -36,10 +37,10 @@ class ChatTemplate:
         self._source = source
         self._special_tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._sandbox = sandbox if sandbox is not None else TemplateSandbox()
+        self._compiling = Lock()
+        self._compiled = source is None
         self._reads: frozenset[str] = frozenset()
         self._content_form = "string"
-        if source is not None:
-            self._compile(source)
 
     @property
     def is_available(self) -> bool:
@@ -48,12 +49,13 @@ class ChatTemplate:
     @property
     def variables(self) -> frozenset[str]:
         """Every name that the template reads and does not set itself."""
+        self.compile()
         return self._reads
 
     @property
     def allowed_kwargs(self) -> frozenset[str]:
         """The names that a request may set: those the template reads and the engine does not set."""
-        return self._reads - _OWN_VARIABLES
+        return self.variables - _OWN_VARIABLES
 
     def close(self) -> None:
         """End the template's processes; they also end with this object or the program."""
@@ -77,6 +79,7 @@ class ChatTemplate:
         """
         if self._source is None:
             raise RequestError("this model has no chat template; use completions", param="messages")
+        self.compile()
         self._check(tools, documents, kwargs)
         shaped = [_shape(message, self._content_form) for message in messages]
         mark, last_spaces = "", ""
@@ -104,6 +107,14 @@ class ChatTemplate:
         if not found:
             raise RequestError("the chat template drops the final message", param="continue_final_message")
         return before if after.startswith(" ") else before.removesuffix(last_spaces)
+
+    def compile(self) -> None:
+        """Once; a template that failed is tried again."""
+        with self._compiling:
+            if not self._compiled:
+                assert self._source is not None
+                self._compile(self._source)
+                self._compiled = True
 
     def _compile(self, source: str) -> None:
         if len(source) > MAX_TEMPLATE_CHARS:

@@ -8,7 +8,7 @@ Nothing in the file is trusted: every count, id and text is checked here, becaus
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from itertools import repeat
 from typing import Any
@@ -126,16 +126,25 @@ def _byte_level(
     if len(vocabulary) != len(tokens):
         raise ModelFileError("tokenizer: the same token appears twice")
     merges: list[Any] = list(map(tuple, map(str.split, source.merges, repeat(" "), repeat(1))))
-    for text, merge in zip(source.merges, merges, strict=True):
-        if len(merge) != 2 or merge[0] + merge[1] not in vocabulary:
-            raise ModelFileError(f"tokenizer: the merge {text[:64]!r} names a token that is not in the vocabulary")
-    library = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=rule.whole_words))
+    try:
+        library = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=rule.whole_words))
+    except Exception as error:  # looked through only now: this is a tenth of a start
+        raise ModelFileError(f"tokenizer: {_bad_merge(source.merges, vocabulary)}") from error
     library.pre_tokenizer = rule.build()
     if (normalizer := rule.normalizer()) is not None:
         library.normalizer = normalizer
     library.add_special_tokens([AddedToken(tokens[i], special=True, normalized=False) for i in sorted(special)])
     library.add_tokens([AddedToken(tokens[i], special=False, normalized=False) for i in sorted(user_defined)])
     return LibraryEncoder(library), rule.adds_bos, False
+
+
+def _bad_merge(merges: Sequence[str], vocabulary: Mapping[str, int]) -> str:
+    """Why the library refused them."""
+    for text in merges:
+        left, space, right = text.partition(" ")
+        if not space or any(part not in vocabulary for part in (left, right, left + right)):
+            return f"the merge {text[:64]!r} names a token that is not in the vocabulary"
+    return "the vocabulary is rejected by the tokenizers library"
 
 
 def _sentencepiece(

@@ -76,7 +76,7 @@ def checked_lengths(tokens: Collection[str]) -> NDArray[np.int64]:
 
 def longest_in_bytes(tokens: Iterable[str]) -> int:
     """At most this many bytes lie behind one token: its own in UTF-8, or one for each character."""
-    return max((len(token) if token.isascii() else len(token.encode()) for token in tokens), default=1) or 1
+    return max(map(len, map(str.encode, tokens)), default=1) or 1
 
 
 def check_added_tokens(num_added: int) -> None:
