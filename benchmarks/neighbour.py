@@ -36,7 +36,12 @@ class Subject:
     def __init__(self, model: str, threads: int, length: int) -> None:
         self.events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
         config = EngineConfig(
-            model=model, num_threads=threads, max_model_len=length, max_num_seqs=1, enable_prefix_caching=False
+            model=model,
+            num_threads=threads,
+            max_model_len=length,
+            max_num_seqs=1,
+            enable_prefix_caching=False,
+            speculative_config="off",
         )
         self.engine: Engine = build_engine(config, self.events.put).engine
         self.engine.start()

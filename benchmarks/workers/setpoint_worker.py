@@ -21,7 +21,9 @@ class Engine:
     def __init__(self, model: str, context: int, batch: int, threads: int) -> None:
         self.events: list[Event] = []
         self.ended: queue.SimpleQueue[int] = queue.SimpleQueue()  # how many requests, each time some do
-        config = EngineConfig(model=model, max_model_len=context, max_num_seqs=batch, num_threads=threads)
+        config = EngineConfig(
+            model=model, max_model_len=context, max_num_seqs=batch, num_threads=threads, speculative_config="off"
+        )
         self.assembly = build_engine(config, self._deliver)
         self.assembly.engine.start()
         self.names = (f"bench-{i}" for i in itertools.count())

@@ -6,14 +6,27 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from setpoint.config import EngineConfig, ModelFacts, Reason, cache_directory, resolve, this_machine
+from setpoint.config import (
+    EngineConfig,
+    ModelFacts,
+    Reason,
+    SpeculativeConfig,
+    cache_directory,
+    resolve,
+    this_machine,
+)
 from setpoint.engine.engine import Engine, Event
 from setpoint.engine.scheduler import Scheduler, SchedulerLimits
-from setpoint.errors import ModelError, RequestError
+from setpoint.engine.speculation.draft_model import DraftModel
+from setpoint.engine.speculation.drafter import Drafter
+from setpoint.engine.speculation.prompt_lookup import PromptLookup
+from setpoint.engine.speculation.speculator import Speculator
+from setpoint.engine.speculation.suffix import CorpusSuffix, SessionSuffix
+from setpoint.errors import ConfigError, ModelError, RequestError
 from setpoint.loaders.checkpoint import Checkpoint, open_checkpoint
 from setpoint.loaders.download import Progress, silent
 from setpoint.loaders.hub import resolve_model
@@ -174,6 +187,8 @@ def _build_engine(
     began = clock()
     opened = _open_model(config.model, progress, chats)
     resolved, reasons = resolve(config, this_machine(), model_facts(opened.model, opened.checkpoint.num_bytes))
+    speculation = SpeculativeConfig.parse(resolved.speculative_config)
+    resolved, draft_model = _open_draft_model(speculation, resolved, opened, progress)
     phases["open"] = clock() - began
 
     phase("loading weights")
@@ -195,11 +210,13 @@ def _build_engine(
         SchedulerLimits(
             max_num_seqs=resolved.max_num_seqs,
             max_num_batched_tokens=resolved.max_num_batched_tokens,
+            max_drafts=speculation.num_speculative_tokens,
             max_num_queued_reqs=resolved.max_num_queued_reqs,
             max_num_queued_tokens=resolved.max_num_queued_tokens,
         ),
         enable_prefix_caching=resolved.enable_prefix_caching,
         seed=resolved.seed,
+        speculator=_make_speculator(speculation, draft_model, opened.checkpoint.num_bytes),
     )
     return Assembly(
         engine=Engine(scheduler, runner, deliver),
@@ -217,6 +234,55 @@ def _build_engine(
         },
         phases=phases,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _DraftModel:
+    """A model that guesses for another one, opened and checked, and its share of the KV memory."""
+
+    opened: _OpenedModel
+    config: EngineConfig
+    weight_bytes: int
+
+
+def _open_draft_model(
+    config: SpeculativeConfig, resolved: EngineConfig, target: _OpenedModel, progress: Progress
+) -> tuple[EngineConfig, _DraftModel | None]:
+    """The draft model, if there is one, and the target's config with what is left of the KV memory."""
+    if config.model is None:
+        return resolved, None
+    opened = _open_model(config.model, progress, chats=False)
+    if opened.model.vocab_size != target.model.vocab_size or not _same_tokens(opened, target):
+        raise ConfigError("--speculative-config: the draft model has another vocabulary than the model")
+    assert resolved.kv_cache_memory_bytes is not None
+    assert resolved.max_model_len is not None
+    own, theirs = (model_facts(one.model).kv_bytes_per_token(resolved.kv_cache_dtype) for one in (target, opened))
+    memory = resolved.kv_cache_memory_bytes * theirs // (own + theirs)
+    context = min(resolved.max_model_len, opened.model.max_position)
+    draft = replace(resolved, model=config.model, kv_cache_memory_bytes=memory, max_model_len=context)
+    left = resolved.kv_cache_memory_bytes - memory
+    if min(left // own, memory // theirs) < resolved.max_model_len:
+        raise ConfigError(
+            "the KV cache is too small for two models; raise --kv-cache-memory-bytes or lower --max-model-len"
+        )
+    return replace(resolved, kv_cache_memory_bytes=left), _DraftModel(opened, draft, opened.checkpoint.num_bytes)
+
+
+def _same_tokens(one: _OpenedModel, other: _OpenedModel) -> bool:
+    first, second = (load_tokenizer(opened.checkpoint.tokenizer) for opened in (one, other))
+    return len(first) == len(second) and all(first.id_to_token(i) == second.id_to_token(i) for i in range(len(first)))
+
+
+def _make_speculator(config: SpeculativeConfig, draft: _DraftModel | None, weight_bytes: int) -> Speculator | None:
+    lookups = {"prompt-lookup": (PromptLookup,), "suffix": (SessionSuffix, CorpusSuffix)}
+    lookups["auto"] = (*lookups["suffix"], *lookups["prompt-lookup"])
+    drafters: list[Drafter] = [make() for make in lookups.get(config.method, ())]
+    model = None
+    if draft is not None:
+        runner = _make_runner(draft.opened, draft.config)
+        runner.wait_for_weights()
+        model = DraftModel(runner, runner.info, cost_share=min(draft.weight_bytes / max(weight_bytes, 1), 1.0))
+    return Speculator(drafters, model) if drafters or model is not None else None
 
 
 def _make_runner(opened: _OpenedModel, resolved: EngineConfig) -> CpuRunner:

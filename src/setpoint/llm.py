@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import queue
 import threading
 import time
@@ -343,6 +344,9 @@ def _config(model: str, knobs: Mapping[str, Any]) -> EngineConfig:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the knobs are {', '.join(known)}"
             raise ConfigError(f"{name} is not supported; {hint}")
+    speculative = knobs.get("speculative_config")
+    if isinstance(speculative, Mapping):
+        knobs = {**knobs, "speculative_config": json.dumps(dict(speculative))}
     return EngineConfig(model=model, **knobs)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from setpoint.engine.events import Event
 from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
 from setpoint.engine.scheduler import Scheduler, SchedulerLimits
+from setpoint.engine.speculation.draft_model import DraftModel
+from setpoint.engine.speculation.prompt_lookup import PromptLookup
+from setpoint.engine.speculation.speculator import Speculator
+from setpoint.engine.speculation.suffix import CorpusSuffix, SessionSuffix
 from setpoint.models import build_model
 from setpoint.runtime.cpu.kv_layout import group_shapes
 from setpoint.runtime.cpu.runner import CpuRunner
@@ -27,17 +32,28 @@ Outcome = dict[tuple[str, int], list[tuple[Any, ...]]]
 
 
 def generate(
-    runner: CpuRunner, requests: Sequence[Request], *, prefix_caching: bool = True, **limits: int
+    runner: CpuRunner,
+    requests: Sequence[Request],
+    *,
+    prefix_caching: bool = True,
+    speculator: Speculator | None = None,
+    **limits: int,
 ) -> tuple[Outcome, Scheduler]:
     """Run requests to their end; per (request, choice) the tokens with every log-probability that was reported."""
-    scheduler = Scheduler(runner.info, SchedulerLimits(**limits), enable_prefix_caching=prefix_caching, seed=0)
+    scheduler = Scheduler(
+        runner.info,
+        SchedulerLimits(**limits),
+        enable_prefix_caching=prefix_caching,
+        seed=0,
+        speculator=speculator,
+    )
     for item in requests:
         scheduler.add(item, 0.0)
     outcome: Outcome = defaultdict(list)
     step = 0
     while scheduler.has_work:
         plan = scheduler.schedule(float(step))
-        for event in scheduler.commit(plan, runner.execute(plan), float(step)):
+        for event in scheduler.commit(plan, runner.execute(plan), step + 0.5):  # all steps take the same time
             outcome[event.request_id, event.index].extend(readings(event))
         step += 1
         assert step < 20000
@@ -139,6 +155,33 @@ def test_preempted(tiny: TinyModel, tiny_q8: Path) -> None:
     large.close()
 
 
+@pytest.mark.parametrize("budget", [9, 512])
+def test_drafted_by_lookups(tiny: TinyModel, runner: CpuRunner, budget: int) -> None:
+    """Rows cost nothing by this clock, so whatever is guessed is verified."""
+    requests = mixed_requests(8, seed=6)
+    speculator = Speculator([SessionSuffix(), CorpusSuffix(), PromptLookup()])
+    twice = [*requests, *(replace(item, request_id=f"{item.request_id} again") for item in requests)]
+    outcome, scheduler = generate(runner, twice, speculator=speculator, max_drafts=8, max_num_batched_tokens=budget)
+    oracle = alone(runner, requests)
+    assert outcome == oracle | {(f"{name} again", index): output for (name, index), output in oracle.items()}
+    assert scheduler.counters.speculation.accepted_tokens > 0
+
+
+def test_drafted_by_a_model(tiny: TinyModel, runner: CpuRunner, tiny_q8: Path) -> None:
+    """The same weights guess: every greedy draft is right, drawn ones too, as both draw with the same seed."""
+    requests = mixed_requests(6, seed=7)
+    small = open_runner(tiny_q8)
+    model = DraftModel(small, small.info, cost_share=0.1)
+    ticks = iter(range(10**9))
+    speculator = Speculator([], model, clock=lambda: next(ticks) * 1e-6)
+    outcome, scheduler = generate(runner, requests, speculator=speculator, max_drafts=5, max_num_batched_tokens=64)
+    assert outcome == alone(runner, requests)
+    totals = scheduler.counters.speculation
+    assert totals.accepted_tokens > 0.9 * totals.draft_tokens > 0
+    model.check_integrity()
+    speculator.close()
+
+
 @pytest.mark.parametrize("model", ["smollm2_path", "gemma3_path"])
 def test_a_real_model(model: str, request: pytest.FixtureRequest) -> None:
     runner = open_runner(
@@ -147,4 +190,8 @@ def test_a_real_model(model: str, request: pytest.FixtureRequest) -> None:
     requests = mixed_requests(8, seed=5)
     oracle = alone(runner, requests)
     assert generate(runner, requests, max_num_batched_tokens=48)[0] == oracle
+    speculator = Speculator([SessionSuffix(), CorpusSuffix(), PromptLookup()])
+    drafted, scheduler = generate(runner, requests, speculator=speculator, max_drafts=8)
+    assert drafted == oracle
+    assert scheduler.counters.speculation.accepted_tokens > 0
     runner.close()

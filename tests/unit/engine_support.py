@@ -11,7 +11,9 @@ from setpoint.engine.events import Event
 from setpoint.engine.plan import RunnerInfo, StepPlan
 from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
-from setpoint.engine.scheduler import Drafter, Scheduler, SchedulerLimits
+from setpoint.engine.scheduler import DraftPlanner, Scheduler, SchedulerLimits
+from setpoint.engine.sequence import Sequence as EngineSequence
+from setpoint.engine.stats import SpeculationCounters
 from setpoint.runtime.fake import FakeRunner, fake_info
 
 
@@ -27,6 +29,32 @@ def request(name: str, prompt: Sequence[int], **fields: Any) -> Request:
     return Request(name, list(prompt), SamplingParams(**fields), **own)
 
 
+class AlwaysDraft:
+    """Drafts as much as it may, whatever it costs; `propose(token_ids, max_drafts)` guesses."""
+
+    def __init__(self, propose: Callable[[list[int], int], list[int]]) -> None:
+        self.propose = propose
+        self.counters = SpeculationCounters()
+
+    def draft(self, decodes: list[EngineSequence], num_prefill: int, room: int, max_drafts: int) -> None:
+        for seq in decodes:
+            most = min(max_drafts, room, seq.max_tokens - seq.num_output - 1)
+            seq.drafts = self.propose(seq.token_ids, most)[:most] if most > 0 else []
+            room -= len(seq.drafts)
+
+    def verified(self, seq: EngineSequence, num_drafts: int, num_accepted: int) -> None:
+        assert 0 <= num_accepted <= num_drafts
+
+    def learn(self, num_tokens: int, num_prefill: int, seconds: float) -> None:
+        assert 0 <= num_prefill <= num_tokens
+
+    def finished(self, seq: EngineSequence) -> None:
+        assert not seq.drafts
+
+    def close(self) -> None:
+        pass
+
+
 _SOLO: dict[tuple[str, str, str], dict[tuple[str, int], list[int]]] = {}
 
 
@@ -37,7 +65,7 @@ class Harness:
         self,
         info: RunnerInfo | None = None,
         *,
-        drafter: Drafter | None = None,
+        speculator: DraftPlanner | None = None,
         prefix_caching: bool = True,
         next_token: Callable[[list[int]], int] | None = None,
         **limits: int,
@@ -45,9 +73,10 @@ class Harness:
         self.info = info or fake_info(num_blocks=64, block_size=4, max_model_len=128)
         self.runner = FakeRunner(self.info, next_token)
         self.scheduler = Scheduler(
-            self.info, SchedulerLimits(**limits), enable_prefix_caching=prefix_caching, drafter=drafter
+            self.info, SchedulerLimits(**limits), enable_prefix_caching=prefix_caching, speculator=speculator
         )
         self.now = 0.0
+        self.step_s = 0.0 if speculator is None else 0.25  # of a plan's execution
         self.events: list[Event] = []
         self.plans: list[StepPlan] = []
 
@@ -69,7 +98,7 @@ class Harness:
         result = self.runner.execute(plan)
         if between is not None:
             between()
-        self.events += self.scheduler.commit(plan, result, self.now)
+        self.events += self.scheduler.commit(plan, result, self.now + self.step_s)
         self.scheduler.check_integrity()
         self._poison_blank_blocks()
         self.plans.append(plan)

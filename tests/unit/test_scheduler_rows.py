@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from engine_support import Harness, request, solo
+from engine_support import AlwaysDraft, Harness, request, solo
 
 from setpoint.engine.plan import EntryResult, RowResult, RowSampling, StepPlan, StepResult
 from setpoint.engine.row_state import RowState, sequence_seed
@@ -19,17 +19,16 @@ def counting(context: list[int]) -> int:
     return (context[-1] + 1) % 256
 
 
-class Knowing:
+def knowing(rule: Callable[[int], int]) -> AlwaysDraft:
     """Drafts by a given rule."""
 
-    def __init__(self, rule: Callable[[int], int]) -> None:
-        self.rule = rule
-
-    def propose(self, token_ids: list[int], max_drafts: int) -> list[int]:
-        drafts = [self.rule(token_ids[-1])]
+    def propose(token_ids: list[int], max_drafts: int) -> list[int]:
+        drafts = [rule(token_ids[-1])]
         while len(drafts) < max_drafts:
-            drafts.append(self.rule(drafts[-1]))
+            drafts.append(rule(drafts[-1]))
         return drafts
+
+    return AlwaysDraft(propose)
 
 
 def rows_of(harness: Harness) -> list[RowSampling]:
@@ -218,29 +217,32 @@ def test_prompt_logprobs_survive_preemption() -> None:
 
 
 def test_right_drafts_come_out_in_one_step() -> None:
-    harness = Harness(next_token=counting, drafter=Knowing(lambda token: token + 1), max_drafts=3)
+    harness = Harness(next_token=counting, speculator=knowing(lambda token: token + 1), max_drafts=3)
     harness.add(request("a", [9], max_tokens=9))
     assert harness.run()["a", 0] == list(range(10, 19))
     assert [len(event.token_ids) for event in harness.events] == [1, 4, 4]
-    assert (harness.scheduler.counters.draft_tokens, harness.scheduler.counters.accepted_tokens) == (6, 6)
+    assert (
+        harness.scheduler.counters.speculation.draft_tokens,
+        harness.scheduler.counters.speculation.accepted_tokens,
+    ) == (6, 6)
 
 
 def test_wrong_drafts_are_rolled_back() -> None:
-    harness = Harness(next_token=counting, drafter=Knowing(lambda token: token + 1 + token % 2), max_drafts=3)
+    harness = Harness(next_token=counting, speculator=knowing(lambda token: token + 1 + token % 2), max_drafts=3)
     harness.add(request("a", [9], max_tokens=9))
     assert harness.run()["a", 0] == list(range(10, 19))
-    assert harness.scheduler.counters.accepted_tokens < harness.scheduler.counters.draft_tokens
+    assert harness.scheduler.counters.speculation.accepted_tokens < harness.scheduler.counters.speculation.draft_tokens
 
 
 def test_a_draft_may_end_the_sequence() -> None:
-    harness = Harness(next_token=counting, drafter=Knowing(lambda token: token + 1), max_drafts=5)
+    harness = Harness(next_token=counting, speculator=knowing(lambda token: token + 1), max_drafts=5)
     harness.add(request("a", [9], max_tokens=20, eos_token_ids=frozenset([12])))
     assert harness.run()["a", 0] == [10, 11, 12]
 
 
 def test_drafts_never_pass_max_tokens_the_context_or_the_budget() -> None:
     info = fake_info(num_blocks=8, block_size=4, max_model_len=16)
-    harness = Harness(info, drafter=Knowing(lambda token: (token + 1) % 256), max_drafts=8, max_num_batched_tokens=6)
+    harness = Harness(info, speculator=knowing(lambda token: (token + 1) % 256), max_drafts=8, max_num_batched_tokens=6)
     items = [request("a", range(4), max_tokens=12), request("b", range(50, 53), max_tokens=6, seed=2)]
     for item in items:
         harness.add(item)
@@ -252,7 +254,7 @@ def test_drafts_never_pass_max_tokens_the_context_or_the_budget() -> None:
 
 def test_drafts_take_no_blocks_from_others() -> None:
     info = fake_info(num_blocks=4, block_size=4, max_model_len=16)
-    harness = Harness(info, drafter=Knowing(lambda token: (token + 1) % 256), max_drafts=8)
+    harness = Harness(info, speculator=knowing(lambda token: (token + 1) % 256), max_drafts=8)
     harness.add(request("a", range(4), max_tokens=4))
     harness.add(request("b", range(50, 54), max_tokens=4))
     harness.run()

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 import pytest
-from engine_support import Harness, request, scaled, solo
+from engine_support import AlwaysDraft, Harness, request, scaled, solo
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, multiple, precondition, rule
@@ -21,14 +21,12 @@ VOCABULARY = 5  # small: prefixes meet, stop tokens come, guesses are right now 
 PREFIXES = [tuple(random.Random(number).choices(range(VOCABULARY), k=14)) for number in range(3)]
 
 
-class Parrot:
+def parrot(token_ids: list[int], max_drafts: int) -> list[int]:
     """Drafts what followed the last token the last time it occurred: right often enough, wrong often enough."""
-
-    def propose(self, token_ids: list[int], max_drafts: int) -> list[int]:
-        for start in range(len(token_ids) - 2, -1, -1):
-            if token_ids[start] == token_ids[-1]:
-                return token_ids[start + 1 : start + 1 + max_drafts]
-        return []
+    for start in range(len(token_ids) - 2, -1, -1):
+        if token_ids[start] == token_ids[-1]:
+            return token_ids[start + 1 : start + 1 + max_drafts]
+    return []
 
 
 def assert_outputs(harness: Harness, requests: Sequence[Request]) -> None:
@@ -60,10 +58,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self, num_blocks: int, windows: tuple[int | None, ...], budget: int, max_drafts: int, prefix_caching: bool
     ) -> None:
         info = fake_info(vocab_size=VOCABULARY, num_blocks=num_blocks, block_size=4, max_model_len=28, windows=windows)
-        drafter = Parrot() if max_drafts else None
+        speculator = AlwaysDraft(parrot) if max_drafts else None
         self.harness = Harness(
             info,
-            drafter=drafter,
+            speculator=speculator,
             prefix_caching=prefix_caching,
             max_drafts=max_drafts,
             max_num_batched_tokens=budget,
@@ -307,10 +305,10 @@ def test_chunked_cached_batched_and_drafted_equal_plain(windows: tuple[int | Non
     prompts = [[*PREFIXES[0], *PREFIXES[1]], [*PREFIXES[0], *PREFIXES[1], 1], [*PREFIXES[0], *PREFIXES[2]]]
     requests = [request(str(number), prompt, max_tokens=20) for number, prompt in enumerate(prompts)]
     for budget in (3, 16, 512):
-        harness = Harness(info, drafter=Parrot(), max_drafts=drafts, max_num_batched_tokens=budget)
+        harness = Harness(info, speculator=AlwaysDraft(parrot), max_drafts=drafts, max_num_batched_tokens=budget)
         for item in requests:
             harness.add(item)
             harness.step()
         harness.run()
         assert_outputs(harness, requests)
-        assert (harness.scheduler.counters.accepted_tokens > 0) == (drafts > 0)
+        assert (harness.scheduler.counters.speculation.accepted_tokens > 0) == (drafts > 0)

@@ -161,6 +161,7 @@ class Engine:
             if self._thread.is_alive():  # stuck in the runner: closing it now would free memory under its feet
                 log.error("the engine thread did not stop within %s s", ABORT_GRACE_S)
                 return
+        self._scheduler.close()
         self._runner.close()
 
     @property

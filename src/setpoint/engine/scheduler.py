@@ -9,6 +9,7 @@ no clock, no thread.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,16 +23,40 @@ from setpoint.engine.request import Request
 from setpoint.engine.roster import Roster
 from setpoint.engine.rows import build_rows, take_rows
 from setpoint.engine.sequence import Sequence, SequenceStatus
-from setpoint.engine.stats import Counters
+from setpoint.engine.stats import Counters, SpeculationCounters
 from setpoint.errors import ConfigError, EngineError
+
+log = logging.getLogger(__name__)
 
 PROBE_SEQ_ID = -1
 
 
-class Drafter(Protocol):
-    """Guesses the tokens that follow. What it proposes changes the speed, never the output."""
+class DraftPlanner(Protocol):
+    """Guesses the tokens that follow. What it does changes the speed, never the output."""
 
-    def propose(self, token_ids: list[int], max_drafts: int) -> list[int]: ...
+    counters: SpeculationCounters
+
+    def draft(self, decodes: list[Sequence], num_prefill: int, room: int, max_drafts: int) -> None:
+        """Set the `drafts` of running sequences of which one token is missing: `room` tokens at most, all together.
+
+        At most `max_drafts` each, and none that the sequence has no place for. About `num_prefill` more tokens will be
+        in the step.
+        """
+        ...
+
+    def verified(self, seq: Sequence, num_drafts: int, num_accepted: int) -> None:
+        """What became of the drafts of a sequence."""
+        ...
+
+    def learn(self, num_tokens: int, num_prefill: int, seconds: float) -> None:
+        """A step of so many tokens, of which `num_prefill` belong to prompts, took so long."""
+        ...
+
+    def finished(self, seq: Sequence) -> None:
+        """A sequence came to its own end."""
+        ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +97,7 @@ class Scheduler:
         *,
         enable_prefix_caching: bool = True,
         seed: int | None = None,
-        drafter: Drafter | None = None,
+        speculator: DraftPlanner | None = None,
     ) -> None:
         if not info.kv_groups or any(group.num_blocks < 1 for group in info.kv_groups) or info.block_size < 1:
             raise ConfigError("the KV cache holds no block; raise --kv-cache-memory-bytes")
@@ -86,7 +111,10 @@ class Scheduler:
         self.max_model_len = info.max_model_len if capacity is None else min(info.max_model_len, capacity)
         self._roster = Roster(self.kv, self.queue, self.counters, max_len=self.max_model_len, seed=seed)
         self.running, self.waiting = self._roster.running, self._roster.waiting  # read only, in order
-        self._drafter = drafter
+        self._speculator = self._opened_speculator = speculator
+        if speculator is not None:
+            self.counters.speculation = speculator.counters
+        self._planned_at = 0.0
         self._events: list[Event] = []  # of the step under way
         self._blocked: tuple[int, int, tuple[int, ...]] | None = None  # see _may_retry
 
@@ -142,17 +170,26 @@ class Scheduler:
         if self.faults is not None:
             self.faults(point, seq.owner.request.request_id)
 
+    def close(self) -> None:
+        """Free what it holds besides the runner; nothing may be scheduled afterwards."""
+        if self._opened_speculator is not None:
+            self._opened_speculator.close()
+
     # --- planning ------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> StepPlan:
+        self._planned_at = now
         step = _Step(self.limits.max_num_batched_tokens)
-        prefills = []
-        for seq in list(self.running):
-            if len(seq.token_ids) - seq.num_computed > 1:
-                prefills.append(seq)
-            else:
-                self._guarded(self._advance, seq, step, now)
-        for seq in prefills:
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        for seq in self.running:
+            (prefills if len(seq.token_ids) - seq.num_computed > 1 else decodes).append(seq)
+        if self._speculator is not None and decodes:
+            self._draft(self._speculator, decodes, prefills, step.budget)
+            if self._speculator is None:  # it failed
+                for seq in decodes:
+                    seq.drafts = []
+        for seq in (*decodes, *prefills):
             self._guarded(self._advance, seq, step, now)
         if self.waiting:
             self._admit_waiting(step, now)
@@ -173,10 +210,7 @@ class Scheduler:
             return
         if self.faults is not None:
             self._inject("schedule", seq)
-        missing = len(seq.token_ids) - seq.num_computed
-        if missing == 1 and self._drafter is not None:
-            self._draft(self._drafter, seq, step)
-        wanted = min(missing + len(seq.drafts), step.budget)
+        wanted = min(len(seq.token_ids) - seq.num_computed + len(seq.drafts), step.budget)
         if self.faults is not None:
             self._inject("allocate", seq)
         covered = self.kv.grow(seq, seq.num_computed + wanted)
@@ -191,11 +225,21 @@ class Scheduler:
             covered = self.kv.grow(seq, seq.num_computed + wanted)
         self._plan_entry(seq, min(wanted, covered - seq.num_computed), step)
 
-    def _draft(self, drafter: Drafter, seq: Sequence, step: _Step) -> None:
-        """Ask for drafts, leaving a token of budget to every other running sequence."""
-        num_unplanned = len(self.running) - len(step.entries)
-        room = min(self.limits.max_drafts, seq.max_tokens - seq.num_output - 1, step.budget - num_unplanned)
-        seq.drafts = drafter.propose(seq.token_ids, room)[:room] if room > 0 else []
+    def _draft(self, speculator: DraftPlanner, decodes: list[Sequence], prefills: list[Sequence], budget: int) -> None:
+        """Ask for drafts, leaving a token of budget to every running sequence."""
+        num_prefill = sum(len(seq.token_ids) - seq.num_computed for seq in prefills)
+        if self.waiting and len(self.running) < self.limits.max_num_seqs:
+            num_prefill += self.waiting[0].num_tokens
+        num_prefill, room = min(num_prefill, budget - len(decodes)), budget - len(self.running)
+        self._spared(speculator.draft, decodes, num_prefill, room, self.limits.max_drafts)
+
+    def _spared(self, tell: Callable[..., None], *arguments: object) -> None:
+        """Whoever guesses may fail, and fails alone: then nobody guesses any more."""
+        try:
+            tell(*arguments)
+        except Exception as error:
+            log.error("speculation failed (%s) and is off from now on", type(error).__name__)
+            self._speculator = None
 
     def _plan_entry(self, seq: Sequence, num_new: int, step: _Step) -> None:
         if self.faults is not None:
@@ -286,6 +330,10 @@ class Scheduler:
             else:
                 if event is not None:
                     self._events.append(event)
+        if self._speculator is not None and plan.entries:
+            lengths = [(len(entry.token_ids), entry.num_drafts) for entry in plan.entries]
+            num_prefill = sum(length for length, drafts in lengths if length > 1 + drafts)
+            self._spared(self._speculator.learn, plan.num_tokens, num_prefill, now - self._planned_at)
         return self.take_events()
 
     def take_events(self) -> list[Event]:
@@ -306,12 +354,18 @@ class Scheduler:
         num_drawn = len(outcome.token_ids)
         self.counters.generation_tokens += num_drawn
         if entry.num_drafts:
-            self.counters.draft_tokens += entry.num_drafts
-            self.counters.accepted_tokens += max(0, num_drawn - 1)
+            self._count_drafts(seq, entry.num_drafts, max(0, num_drawn - 1))
         self.kv.settle(seq)
         if outcome.finish_reason is not None:
+            if self._speculator is not None:
+                self._spared(self._speculator.finished, seq)
             return self._roster.finish(seq, outcome, now)
         return self._roster.event(seq, outcome, now) if num_drawn else None
+
+    def _count_drafts(self, seq: Sequence, num_drafts: int, num_accepted: int) -> None:
+        self.counters.speculation.count(num_drafts, num_accepted)
+        if self._speculator is not None:
+            self._spared(self._speculator.verified, seq, num_drafts, num_accepted)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if an invariant is broken. For tests: walks everything."""

@@ -40,6 +40,7 @@ class Sequence:
         "arrival_time",
         "block_keys",
         "block_tables",
+        "draft_states",
         "drafts",
         "first_live",
         "first_scheduled_time",
@@ -77,7 +78,8 @@ class Sequence:
         self.max_tokens = request.params.max_tokens or max_len - self.num_prompt  # validated against max_len
         self.stop_ids = request.stop_ids
         self.row_state = RowState(request.params, seed=seed, prompt=self.token_ids, stop_ids=self.stop_ids)
-        self.drafts: list[int] = []
+        self.drafts: list[int] = []  # to be verified in the step under way
+        self.draft_states: dict[str, object] = {}  # of whoever drafts for it; the scheduler never looks inside
         self.block_tables = tuple(array("i") for _ in range(num_groups))
         self.first_live = [0] * num_groups  # per group: logical blocks below it are -1
         self.block_keys: list[bytes] = []  # prefix-tree keys of the first full blocks of token_ids

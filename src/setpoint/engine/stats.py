@@ -26,6 +26,32 @@ class StepTokens:
 
 
 @dataclass(slots=True)
+class SpeculationCounters:
+    """What drafts did; a list index is a draft's place behind the last known token, 0 for the first."""
+
+    num_drafts: int = 0  # chains of tokens that were verified
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    drafted_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+    methods: dict[str, list[int]] = field(default_factory=dict)  # drafter -> tokens drafted, accepted
+    saved_seconds: float = 0.0  # against the same tokens without drafts, by the measured cost of steps
+
+    def count(self, num_drafts: int, num_accepted: int) -> None:
+        """One chain was verified."""
+        self.num_drafts += 1
+        self.draft_tokens += num_drafts
+        self.accepted_tokens += num_accepted
+        missing = num_drafts - len(self.drafted_at)
+        self.drafted_at += [0] * missing
+        self.accepted_at += [0] * missing
+        for place in range(num_drafts):
+            self.drafted_at[place] += 1
+        for place in range(num_accepted):
+            self.accepted_at[place] += 1
+
+
+@dataclass(slots=True)
 class Counters:
     """Totals since the start. Written by the thread that schedules only."""
 
@@ -35,13 +61,12 @@ class Counters:
     prompt_tokens_cached: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error"), 0))
     aborted_by_state: dict[str, int] = field(  # requests
         default_factory=lambda: dict.fromkeys(("waiting", "preempted", "prefill", "decode"), 0)
     )
     step_tokens: StepTokens = field(default_factory=StepTokens)
+    speculation: SpeculationCounters = field(default_factory=SpeculationCounters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from setpoint.engine.stats import STEP_TOKEN_BOUNDS, EngineStats
+from setpoint.engine.stats import STEP_TOKEN_BOUNDS, EngineStats, SpeculationCounters
 from setpoint.server.generation import Generation
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -179,6 +179,7 @@ class _EngineCollector(Collector):
             ("vllm:generation_tokens", "Tokens generated.", totals.generation_tokens),
         ):
             yield self._family(CounterMetricFamily, name, text, value)
+        yield from self._speculation(totals.speculation)
         cached = totals.prompt_tokens_cached
         sources = {"local_compute": totals.prompt_tokens - cached, "local_cache_hit": cached}
         yield self._split(
@@ -191,6 +192,29 @@ class _EngineCollector(Collector):
         yield self._split(
             CounterMetricFamily, "setpoint_requests_aborted", ended_early, "state", totals.aborted_by_state
         )
+
+    def _speculation(self, totals: SpeculationCounters) -> Iterator[Metric]:
+        for name, text, value in (
+            ("vllm:spec_decode_num_drafts", "Chains of drafts verified.", totals.num_drafts),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", totals.draft_tokens),
+            ("vllm:spec_decode_num_accepted_tokens", "Of these, accepted.", totals.accepted_tokens),
+        ):
+            yield self._family(CounterMetricFamily, name, text, value)
+        for name, text, counts in (
+            ("vllm:spec_decode_num_accepted_tokens_per_pos", "Drafts accepted, by place.", totals.accepted_at),
+            ("setpoint_spec_decode_draft_tokens_per_pos", "Drafts verified, by place.", totals.drafted_at),
+        ):
+            yield self._split(CounterMetricFamily, name, text, "position", {str(i): n for i, n in enumerate(counts)})
+        drafted = {method: tried for method, (tried, _) in totals.methods.items()}
+        accepted = {method: right for method, (_, right) in totals.methods.items()}
+        name = "setpoint_spec_decode_tokens_by_method"
+        yield self._split(CounterMetricFamily, name, "Tokens drafted, by who guessed.", "method", drafted)
+        name = "setpoint_spec_decode_accepted_tokens_by_method"
+        yield self._split(CounterMetricFamily, name, "Of these, accepted.", "method", accepted)
+        text = (
+            "Time that drafts saved so far, by the measured cost of steps; below zero they cost more than they brought."
+        )
+        yield self._family(GaugeMetricFamily, "setpoint_spec_decode_saved_seconds", text, totals.saved_seconds)
 
     def _step_tokens(self, stats: EngineStats) -> Metric:
         steps = stats.counters.step_tokens

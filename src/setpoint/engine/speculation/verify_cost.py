@@ -1,0 +1,97 @@
+"""What a step of so many tokens costs on this machine just now: t(M), learned from the steps themselves.
+
+Kept as a shape (how much longer a step of M tokens is than one of one token) and a level (how long that one is now):
+the level follows the machine and the context within some ten steps, the shape is a property of kernels and model and
+moves slowly. Between measured sizes it is interpolated; beyond them a row costs what a pessimist would expect.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+_SIZES: tuple[int, ...] = (
+    *range(1, 17),
+    20,
+    24,
+    28,
+    32,
+    40,
+    48,
+    56,
+    64,
+    80,
+    96,
+    128,
+    160,
+    192,
+    256,
+    320,
+    384,
+    512,
+    768,
+    1024,
+)
+_UNKNOWN_ROW = 0.12  # a further row, as a share of a step of one row: measured 0.05 to 0.14 on CPUs
+_LEVEL_STEP, _SHAPE_STEP = 0.15, 0.06
+_OUTLIER = 2.0  # a step that took longer than this against the prediction counts as this
+_FIRST = 3  # so many first measurements of a size are averaged
+
+
+class VerifyCost:
+    """Seconds; all sizes in tokens, of all sequences together."""
+
+    def __init__(self) -> None:
+        self._level: float | None = None
+        self._known: list[int] = []  # sizes that were measured, in order
+        self._shape: dict[int, float] = {}
+        self._counts: dict[int, int] = {}
+
+    @property
+    def is_known(self) -> bool:
+        return self._level is not None
+
+    def learn(self, num_tokens: int, seconds: float) -> None:
+        """A step without surprises took so long."""
+        if seconds <= 0.0 or num_tokens < 1:
+            return
+        size = _size(num_tokens)
+        if self._level is None:
+            self._level = seconds / (1.0 + _UNKNOWN_ROW * (size - 1))
+        ratio = min(seconds / self.seconds(num_tokens), _OUTLIER)
+        count = self._counts[size] = self._counts.get(size, 0) + 1
+        if count == 1:
+            self._shape[size] = self._shape_at(size) if len(self._known) == 0 else self._shape_at(size) * ratio
+            insort(self._known, size)
+            return
+        step = max(1.0 / count, _SHAPE_STEP) if count <= _FIRST else _SHAPE_STEP
+        self._level *= 1.0 + _LEVEL_STEP * (ratio - 1.0)
+        self._shape[size] *= 1.0 + step * (ratio - 1.0) * (1.0 - _LEVEL_STEP)
+
+    def seconds(self, num_tokens: int) -> float:
+        assert self._level is not None
+        return self._level * self._shape_at(num_tokens)
+
+    def _shape_at(self, num_tokens: int) -> float:
+        """Never falls with the number of tokens."""
+        known, shape = self._known, self._shape
+        at = bisect_left(known, num_tokens)
+        if at < len(known) and known[at] == num_tokens:
+            return shape[num_tokens]
+        if at == 0:
+            if not known:
+                return 1.0 + _UNKNOWN_ROW * (num_tokens - 1)
+            return max(
+                shape[known[0]] - _UNKNOWN_ROW * (known[0] - num_tokens), shape[known[0]] * num_tokens / known[0]
+            )
+        left = known[at - 1]
+        if at == len(known):
+            per_row = (shape[left] - 1.0) / (left - 1) if left > 1 else 0.0
+            return shape[left] + max(_UNKNOWN_ROW, per_row) * (num_tokens - left)
+        right = known[at]
+        share = (num_tokens - left) / (right - left)
+        return shape[left] + share * max(0.0, shape[right] - shape[left])
+
+
+def _size(num_tokens: int) -> int:
+    """The measured size that stands for this number."""
+    return _SIZES[min(bisect_left(_SIZES, num_tokens), len(_SIZES) - 1)]
