@@ -6,11 +6,14 @@ Each workload is a list of conversations that want different things of the same 
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).parents[1]
 Messages = list[dict[str, str]]
@@ -77,16 +80,21 @@ def _edits() -> Iterator[Messages]:
 
 
 def _quotes() -> Iterator[Messages]:
-    for path in sorted((*(ROOT / "docs").rglob("*.md"), ROOT / "ARCHITECTURE.md", ROOT / "README.md")):
-        paragraphs = [text for text in path.read_text().split("\n\n") if 300 <= len(text) <= 900 and "|" not in text]
-        for first, second in zip(paragraphs[::2], paragraphs[1::2], strict=False):
-            yield [
-                {
-                    "role": "user",
-                    "content": f"Source A:\n{first}\n\nSource B:\n{second}\n\n"
-                    "Quote source A word for word, then source B word for word.",
-                }
-            ]
+    """Paragraphs of this repository's documents and of numpy's documentation, in pairs."""
+    documents = [path.read_text() for path in sorted((*(ROOT / "docs").rglob("*.md"), ROOT / "ARCHITECTURE.md"))]
+    documents += [inspect.getdoc(getattr(np, name)) or "" for name in sorted(np.__all__)]
+    paragraphs = [
+        " ".join(text.split()) for document in documents for text in document.split("\n\n") if ">>>" not in text
+    ]
+    prose = [text for text in paragraphs if 300 <= len(text) <= 800 and "|" not in text and "----" not in text]
+    for first, second in zip(prose[::2], prose[1::2], strict=False):
+        yield [
+            {
+                "role": "user",
+                "content": f"Source A:\n{first}\n\nSource B:\n{second}\n\n"
+                "Quote source A word for word, then source B word for word.",
+            }
+        ]
 
 
 def _tool_loops() -> Iterator[Messages]:

@@ -24,6 +24,7 @@ def main() -> None:
         n_threads_batch=int(sys.argv[2]),
         flash_attn=True,
         draft_model=LlamaPromptLookupDecoding(),
+        logits_all=True,  # what verifying drafts needs
         verbose=False,
     )
     lookups = {k: LlamaPromptLookupDecoding(num_pred_tokens=k) for k in range(1, 17)}

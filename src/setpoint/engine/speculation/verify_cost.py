@@ -57,15 +57,17 @@ class VerifyCost:
         size = _size(num_tokens)
         if self._level is None:
             self._level = seconds / (1.0 + _UNKNOWN_ROW * (size - 1))
-        ratio = min(seconds / self.seconds(num_tokens), _OUTLIER)
+        ratio = seconds / self.seconds(num_tokens)
         count = self._counts[size] = self._counts.get(size, 0) + 1
         if count == 1:
-            self._shape[size] = self._shape_at(size) if len(self._known) == 0 else self._shape_at(size) * ratio
+            self._shape[size] = self._shape_at(size) * ratio
             insort(self._known, size)
-            return
-        step = max(1.0 / count, _SHAPE_STEP) if count <= _FIRST else _SHAPE_STEP
-        self._level *= 1.0 + _LEVEL_STEP * (ratio - 1.0)
-        self._shape[size] *= 1.0 + step * (ratio - 1.0) * (1.0 - _LEVEL_STEP)
+        elif count <= _FIRST:  # so far only a guess: the surprise is about the size, not about the machine
+            self._shape[size] *= 1.0 + (ratio - 1.0) / count
+        else:
+            surprise = min(ratio, _OUTLIER) - 1.0
+            self._level *= 1.0 + _LEVEL_STEP * surprise
+            self._shape[size] *= 1.0 + _SHAPE_STEP * surprise
 
     def seconds(self, num_tokens: int) -> float:
         assert self._level is not None
