@@ -36,7 +36,7 @@ class Workload:
 
 def workloads(count: int) -> list[Workload]:
     return [
-        Workload("copying records", [_records(i) for i in range(count)], goal=2.5),
+        Workload("repeating data", _taken(_data(), count), goal=2.5),
         Workload("code editing", _taken(_edits(), count), goal=1.5),
         Workload("quoting sources", _taken(_quotes(), count), goal=1.5),
         Workload("agent tool loop", _taken(_tool_loops(), count), goal=1.5),
@@ -122,14 +122,10 @@ def _tool_loops() -> Iterator[Messages]:
         yield messages
 
 
-def _records(number: int) -> Messages:
-    rows = [
-        {
-            "id": 1000 + 17 * number + i,
-            "name": f"{SUBJECTS[(number + i) % len(SUBJECTS)]}",
-            "active": (number + i) % 3 > 0,
-        }
-        for i in range(9)
-    ]
-    text = "\n".join(json.dumps(row) for row in rows)
-    return [{"role": "user", "content": f"{text}\n\nRepeat these lines exactly."}]
+def _data() -> Iterator[Messages]:
+    """Pieces of this repository's committed measurements."""
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        lines = json.dumps(json.loads(path.read_text()), indent=1).splitlines()
+        for begin in range(0, len(lines) - 40, 120):
+            piece = "\n".join(lines[begin : begin + 30])
+            yield [{"role": "user", "content": f"```json\n{piece}\n```\nRepeat this JSON exactly."}]

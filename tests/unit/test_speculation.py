@@ -174,11 +174,11 @@ def test_the_corpus_is_bounded_and_forgets_the_oldest(monkeypatch: pytest.Monkey
 @settings(max_examples=scaled(50))
 def test_the_cost_of_measured_sizes_is_learned(base: float, slope: float, sizes: list[int]) -> None:
     cost = VerifyCost()
-    for _ in range(20):
+    for _ in range(40):
         for size in sizes:
             cost.learn(size, base * (1 + slope * (size - 1)))
     for size in {size for size in sizes if size <= 16}:
-        assert cost.seconds(size) == pytest.approx(base * (1 + slope * (size - 1)), rel=0.1)
+        assert cost.seconds(size) == pytest.approx(base * (1 + slope * (size - 1)), rel=0.15)
 
 
 @given(st.dictionaries(st.integers(1, 600), st.floats(1e-4, 1.0), min_size=1, max_size=20))
@@ -262,8 +262,8 @@ def test_right_guesses_are_drafted_where_rows_are_cheap() -> None:
 @pytest.mark.parametrize("num_seqs", [1, 4, 16])
 @pytest.mark.parametrize(("cost", "wrong"), [(CHEAP_ROWS, True), (DEAR_ROWS, True), (DEAR_ROWS, False)])
 def test_drafts_never_cost_more_than_they_bring(num_seqs: int, cost: StepCost, wrong: bool) -> None:
-    plain, _ = simulate(None, cost, num_seqs=num_seqs)
-    drafted, _ = simulate(Oracle(counting, wrong), cost, num_seqs=num_seqs)
+    plain, _ = simulate(None, cost, num_seqs=num_seqs, tokens=400)
+    drafted, _ = simulate(Oracle(counting, wrong), cost, num_seqs=num_seqs, tokens=400)
     assert plain / drafted >= 0.98
 
 

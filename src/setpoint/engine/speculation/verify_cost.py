@@ -31,10 +31,12 @@ _SIZES: tuple[int, ...] = (
     768,
     1024,
 )
+_SIZES_ABOVE = 8  # so many larger sizes are compared with
 _UNKNOWN_ROW = 0.12  # a further row, as a share of a step of one row: measured 0.05 to 0.14 on CPUs
 _LEVEL_STEP, _SHAPE_STEP = 0.15, 0.06
 _OUTLIER = 2.0  # a step that took longer than this against the prediction counts as this
-_FIRST = 3  # so many first measurements of a size are averaged
+_FIRST = 3  # of so many first measurements of a size the least counts: too high a cost would never be measured again
+_FIRST_SURPRISE = 1.5  # by how much the first one may exceed what was expected
 
 
 class VerifyCost:
@@ -60,38 +62,36 @@ class VerifyCost:
         ratio = seconds / self.seconds(num_tokens)
         count = self._counts[size] = self._counts.get(size, 0) + 1
         if count == 1:
-            self._shape[size] = self._shape_at(size) * ratio
+            self._shape[size] = self._shape_at(size) * min(ratio, _FIRST_SURPRISE)
             insort(self._known, size)
-        elif count <= _FIRST:  # so far only a guess: the surprise is about the size, not about the machine
-            self._shape[size] *= 1.0 + (ratio - 1.0) / count
+        elif count <= _FIRST:
+            self._shape[size] *= min(ratio, 1.0)
         else:
             surprise = min(ratio, _OUTLIER) - 1.0
             self._level *= 1.0 + _LEVEL_STEP * surprise
-            self._shape[size] *= 1.0 + _SHAPE_STEP * surprise
+            self._shape[size] *= 1.0 + max(_SHAPE_STEP, 1.0 / count) * surprise
 
     def seconds(self, num_tokens: int) -> float:
         assert self._level is not None
         return self._level * self._shape_at(num_tokens)
 
     def _shape_at(self, num_tokens: int) -> float:
-        """Never falls with the number of tokens."""
+        """Never falls with the number of tokens: a size that seems dearer than a larger one was disturbed."""
         known, shape = self._known, self._shape
         at = bisect_left(known, num_tokens)
+        above = min((shape[size] for size in known[at : at + _SIZES_ABOVE]), default=0.0)
         if at < len(known) and known[at] == num_tokens:
-            return shape[num_tokens]
+            return above
         if at == 0:
             if not known:
                 return 1.0 + _UNKNOWN_ROW * (num_tokens - 1)
-            return max(
-                shape[known[0]] - _UNKNOWN_ROW * (known[0] - num_tokens), shape[known[0]] * num_tokens / known[0]
-            )
+            return max(above - _UNKNOWN_ROW * (known[0] - num_tokens), above * num_tokens / known[0])
         left = known[at - 1]
         if at == len(known):
             per_row = (shape[left] - 1.0) / (left - 1) if left > 1 else 0.0
             return shape[left] + max(_UNKNOWN_ROW, per_row) * (num_tokens - left)
-        right = known[at]
-        share = (num_tokens - left) / (right - left)
-        return shape[left] + share * max(0.0, shape[right] - shape[left])
+        below = min(shape[left], above)
+        return below + (num_tokens - left) / (known[at] - left) * (above - below)
 
 
 def _size(num_tokens: int) -> int:
