@@ -161,7 +161,8 @@ def test_drafted_by_lookups(tiny: TinyModel, runner: CpuRunner, budget: int) -> 
     requests = mixed_requests(8, seed=6)
     speculator = Speculator([SessionSuffix(), CorpusSuffix(), PromptLookup()])
     twice = [*requests, *(replace(item, request_id=f"{item.request_id} again") for item in requests)]
-    outcome, scheduler = generate(runner, twice, speculator=speculator, max_drafts=8, max_num_batched_tokens=budget)
+    limits = {"max_drafts": 8, "max_num_batched_tokens": budget, "max_num_seqs": 8}
+    outcome, scheduler = generate(runner, twice, speculator=speculator, **limits)
     oracle = alone(runner, requests)
     assert outcome == oracle | {(f"{name} again", index): output for (name, index), output in oracle.items()}
     assert scheduler.counters.speculation.accepted_tokens > 0

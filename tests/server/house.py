@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from setpoint.engine.engine import Engine
 from setpoint.engine.plan import Runner
-from setpoint.engine.scheduler import Scheduler, SchedulerLimits
+from setpoint.engine.scheduler import DraftPlanner, Scheduler, SchedulerLimits
 from setpoint.runtime.fake import FakeRunner, fake_info
 from setpoint.server.auth import KeyRing
 from setpoint.server.context import ServerContext, ServerSettings
@@ -90,6 +90,7 @@ class House:
         num_blocks: int = 512,
         keys: KeyRing | None = None,
         limits: SchedulerLimits | None = None,
+        speculator: DraftPlanner | None = None,
         faults: Callable[[str, str], None] | None = None,
         runner: Runner | None = None,
         template: str | None = TEMPLATE,
@@ -99,7 +100,8 @@ class House:
         info = fake_info(vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN, num_blocks=num_blocks)
         self.runner = runner or FakeRunner(info, next_token, step_s=step_s)
         self.router = EventRouter()
-        self.engine = Engine(Scheduler(info, limits, seed=1), self.runner, self.router.deliver, faults=faults)
+        scheduler = Scheduler(info, limits, seed=1, speculator=speculator)
+        self.engine = Engine(scheduler, self.runner, self.router.deliver, faults=faults)
         self.log = io.StringIO()
         self.context = ServerContext(
             engine=self.engine,

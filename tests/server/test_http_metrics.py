@@ -12,6 +12,9 @@ from dataclasses import replace
 from house import House, completion, raw_request, until
 
 from setpoint.engine.scheduler import SchedulerLimits
+from setpoint.engine.speculation.prompt_lookup import PromptLookup
+from setpoint.engine.speculation.speculator import Speculator
+from setpoint.engine.speculation.suffix import SessionSuffix
 from setpoint.server.logs import EventLog
 from setpoint.server.metrics import Metrics, token_buckets
 
@@ -160,3 +163,27 @@ def test_log_is_rate_limited() -> None:
     lines = stream.getvalue().splitlines()
     assert len(lines) <= 1200
     assert all(len(line) < 500 for line in lines)
+
+
+def test_speculation_is_counted_and_streamed_whole() -> None:
+    """A model that counts to ten, again and again: soon it is guessed, several tokens an event."""
+    limits = SchedulerLimits(max_drafts=8)
+    drafting = Speculator([SessionSuffix(), PromptLookup()])
+    digits = [ord(digit) for digit in "0123456789"]
+    rule = lambda context: digits[(digits.index(context[-1]) + 1) % 10] if context[-1] in digits else digits[0]  # noqa: E731
+    with House(next_token=rule, limits=limits, speculator=drafting, step_s=0.002) as house:
+        answer = house.post(PATH, completion("x", max_tokens=100, ignore_eos=True))
+        streamed = house.post(PATH, completion("x", max_tokens=100, ignore_eos=True, stream=True))
+        page = house.metrics()
+    text = "0123456789" * 10
+    assert answer.json()["choices"][0]["text"] == text
+    pieces = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+    assert "".join(piece["choices"][0]["text"] for piece in pieces if piece["choices"]) == text
+    labels = '{engine="0",model_name="tiny"}'
+    drafted = page[f"vllm:spec_decode_num_draft_tokens_total{labels}"]
+    accepted = page[f"vllm:spec_decode_num_accepted_tokens_total{labels}"]
+    assert 100 < accepted <= drafted
+    by_place = [v for k, v in page.items() if k.startswith("vllm:spec_decode_num_accepted_tokens_per_pos_total")]
+    by_method = [v for k, v in page.items() if k.startswith("setpoint_spec_decode_accepted_tokens_by_method_total")]
+    assert sum(by_place) == sum(by_method) == accepted
+    assert page[f"setpoint_spec_decode_saved_seconds{labels}"] > 0

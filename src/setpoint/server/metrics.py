@@ -179,7 +179,8 @@ class _EngineCollector(Collector):
             ("vllm:generation_tokens", "Tokens generated.", totals.generation_tokens),
         ):
             yield self._family(CounterMetricFamily, name, text, value)
-        yield from self._speculation(totals.speculation)
+        if totals.speculation.methods:
+            yield from self._speculation(totals.speculation)
         cached = totals.prompt_tokens_cached
         sources = {"local_compute": totals.prompt_tokens - cached, "local_cache_hit": cached}
         yield self._split(
