@@ -36,10 +36,10 @@ class Workload:
 
 def workloads(count: int) -> list[Workload]:
     return [
-        Workload("repeating data", _taken(_data(), count), goal=2.5),
+        Workload("repeating data", _taken(_data(), count), goal=1.5),
         Workload("code editing", _taken(_edits(), count), goal=1.5),
         Workload("quoting sources", _taken(_quotes(), count), goal=1.5),
-        Workload("agent tool loop", _taken(_tool_loops(), count), goal=1.5),
+        Workload("agent tool loop", _taken(_tool_loops(), count), goal=2.5),
         Workload("free prose", [_story(subject) for subject in SUBJECTS[:count]], temperature=0.8),
     ]
 

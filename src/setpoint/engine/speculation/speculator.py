@@ -23,10 +23,11 @@ from setpoint.engine.stats import SpeculationCounters
 _MIN_GAIN = 1.03  # tokens a second, against no drafts: what less promises is noise
 _PLAIN_EVERY = 64  # one in so many drafted steps goes without drafts, to know what those cost
 _DEAR_ROW = 0.8  # share of a token's cost from which on even guesses that are always right bring little
-_TRY_EVERY = 128  # a likely guess that was declined so often is verified: the cost it is expected to have may be wrong
+_TRY_EVERY = 16  # a likely guess that was declined so often is verified: the cost it is expected to have may be wrong
 _LIKELY, _TRIED = 0.5, 2  # its probability at least, and how much of it
 _MANY_TOKENS = 64
-_RESTING_AFTER, _WATCH_EVERY = 16, 8  # steps without a draft worth verifying; then only every eighth looks for one
+_RESTING_AFTER = 16  # steps without a draft worth verifying; then only every so many-th looks for one:
+_WATCH_EVERY, _WATCH_DEAR_EVERY = 8, 64
 _MODEL_RETRY_STEPS = 256  # a draft model that did not pay is asked again, for two tokens
 _CATCH_UP_OVER = 64  # steps over which a draft model's prompt pays off
 
@@ -83,7 +84,7 @@ class Speculator:
         self._idle_steps = 0  # in a row
         self._steps_without_model = 0
         self._drafted_steps = 0
-        self._declined_steps = 0
+        self._declined = 0
 
     def draft(self, decodes: abc.Sequence[Sequence], num_prefill: int, room: int, max_drafts: int) -> None:
         """Give every sequence of `decodes` the drafts to verify in this step, beside `num_prefill` other tokens.
@@ -96,14 +97,18 @@ class Speculator:
         limit = min(max_drafts, MAX_DRAFTS)
         if not decodes or limit < 1:
             return
-        if self.cost.is_known and self._row_cost(len(decodes), num_prefill) > _DEAR_ROW:
-            return  # nothing is looked up, either: that takes a hundredth of the step of a large batch
-        resting = self._idle_steps >= _RESTING_AFTER and self._idle_steps % _WATCH_EVERY > 0
-        choices = [] if resting else self._look_up(decodes, limit)
+        choices = [] if self._rests(len(decodes), num_prefill) else self._look_up(decodes, limit)
         if room > 0 and self.cost.is_known:
             self._choose(choices, decodes, num_prefill, room, limit)
         drafted = self._step is not None and self._step.num_drafts > 0
         self._idle_steps = 0 if drafted else self._idle_steps + 1
+
+    def _rests(self, num_decodes: int, num_prefill: int) -> bool:
+        """Looking up takes a hundredth of the step of a large batch: where it does not help, it is done seldom."""
+        if self._idle_steps < _RESTING_AFTER:
+            return False
+        dear = self.cost.is_known and self._row_cost(num_decodes, num_prefill) > _DEAR_ROW
+        return self._idle_steps % (_WATCH_DEAR_EVERY if dear else _WATCH_EVERY) > 0
 
     def _row_cost(self, num_decodes: int, num_prefill: int) -> float:
         """Of a further row in this step, as a share of what a token costs without drafts."""
@@ -194,8 +199,8 @@ class Speculator:
         likely = max(choices, key=lambda choice: choice.survival[0], default=None)
         if likely is None or likely.survival[0] < _LIKELY:
             return []
-        self._declined_steps += 1
-        if self._declined_steps % _TRY_EVERY:
+        self._declined += 1
+        if self._declined % _TRY_EVERY:
             return []
         length = min(_TRIED, room, _most(likely.seq))
         return [length if choice is likely else 0 for choice in choices]

@@ -31,6 +31,7 @@ _SIZES: tuple[int, ...] = (
     768,
     1024,
 )
+_FAR = 4  # times as many tokens
 _SIZES_ABOVE = 8  # so many larger sizes are compared with
 _UNKNOWN_ROW = 0.12  # a further row, as a share of a step of one row: measured 0.05 to 0.14 on CPUs
 _LEVEL_STEP, _SHAPE_STEP = 0.15, 0.06
@@ -82,16 +83,25 @@ class VerifyCost:
         above = min((shape[size] for size in known[at : at + _SIZES_ABOVE]), default=0.0)
         if at < len(known) and known[at] == num_tokens:
             return above
+        if not known:
+            return 1.0 + _UNKNOWN_ROW * (num_tokens - 1)
         if at == 0:
-            if not known:
-                return 1.0 + _UNKNOWN_ROW * (num_tokens - 1)
-            return max(above - _UNKNOWN_ROW * (known[0] - num_tokens), above * num_tokens / known[0])
+            return max(above - self._unknown_row() * (known[0] - num_tokens), above * num_tokens / known[0])
         left = known[at - 1]
+        beyond = shape[left] + self._unknown_row(left) * (num_tokens - left)
         if at == len(known):
-            per_row = (shape[left] - 1.0) / (left - 1) if left > 1 else 0.0
-            return shape[left] + max(_UNKNOWN_ROW, per_row) * (num_tokens - left)
+            return beyond
+        if known[at] > _FAR * left:  # prompts tell little of small steps
+            return min(beyond, above)
         below = min(shape[left], above)
         return below + (num_tokens - left) / (known[at] - left) * (above - below)
+
+    def _unknown_row(self, size: int = 1) -> float:
+        """What a row more is expected to add to a step of `size`: as rows did up to there, or a share of one row."""
+        first = self._known[0]
+        one_row = self._shape[first] / (1.0 + _UNKNOWN_ROW * (first - 1))
+        so_far = (self._shape[size] - self._shape[first]) / (size - first) if size > first else 0.0
+        return max(_UNKNOWN_ROW * one_row, so_far)
 
 
 def _size(num_tokens: int) -> int:
