@@ -334,3 +334,25 @@ def test_a_model_that_is_nowhere() -> None:
         LLM("./nowhere.gguf")
     with pytest.raises(ConfigError, match="either a model or a config"):
         LLM()
+
+
+REPEATED = "one two three four, one two three four, one two three four, one two"
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_every_method_of_speculation_gives_the_same_output(path: Path, params: SamplingParams) -> None:
+    outputs = []
+    for config in ("off", "auto", {"method": "draft", "model": str(path), "num_speculative_tokens": 4}):
+        with LLM(str(path), num_threads=1, max_model_len=256, speculative_config=config) as made:
+            outputs.append([out.outputs for out in made.generate([REPEATED, *PROMPTS[:3]], params)])
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused(path: Path, smollm2_path: Path) -> None:
+    with pytest.raises(ConfigError, match="another vocabulary"):
+        LLM(str(path), speculative_config={"model": str(smollm2_path)})
+
+
+def test_a_draft_model_shares_the_memory_of_the_cache(path: Path) -> None:
+    with pytest.raises(ConfigError, match="too small for two models"):
+        LLM(str(path), max_model_len=512, kv_cache_memory_bytes=200_000, speculative_config={"model": str(path)})
