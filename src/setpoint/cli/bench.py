@@ -34,7 +34,7 @@ def engine(
     repeat: Annotated[int, typer.Option(help="Runs of each batch size; medians are reported.", min=1, max=1000)] = 5,
     json: Json = False,
 ) -> None:
-    """Random-token prompts, no prefix cache, greedy, ignoring the end of sequence.
+    """Random-token prompts, no prefix cache, no speculation, greedy, ignoring the end of sequence.
 
     Prints a table and, as the last line, one JSON document of medians.
     """
@@ -48,6 +48,7 @@ def engine(
     config = replace(
         config,
         enable_prefix_caching=False,
+        speculative_config="off",  # random tokens would say nothing about it
         max_model_len=config.max_model_len or max(longest, 16),
         max_num_seqs=max(config.max_num_seqs, *batches),
         max_num_queued_reqs=max(config.max_num_queued_reqs, *batches),
