@@ -95,14 +95,14 @@ void matmul(Program& program, const Weight& weight, int in, int out, const std::
   program.matmul(weight.matrix.weight(), in, out, bias ? copy_of(*bias) : std::vector<float>(), accumulate);
 }
 
-// Program::step or Program::check over numpy arrays; the last six are flat
+// Program::step or Program::check over numpy arrays; the last seven are flat
 // lists that the row records index.
 template <void (Program::*Run)(const StepInputs&)>
 void with_inputs(Program& program, const Vector<int32_t>& tokens, const Vector<int32_t>& entry_starts,
                  const Vector<int32_t>& entry_positions, const std::vector<Table>& tables, const Bytes& rows,
                  const Vector<int32_t>& penalty_ids, const Vector<int32_t>& penalty_counts, const Vector<int32_t>& bias_ids,
                  const Vector<float>& bias_values, const Vector<int32_t>& banned, const Vector<int32_t>& allowed,
-                 const std::optional<LogitsArray>& logits) {
+                 const Vector<uint32_t>& masks, const std::optional<LogitsArray>& logits) {
   if (rows.size() > 0 && rows.shape(1) != sizeof(RowRecord)) throw std::invalid_argument("rows: records of another layout");
   if (reinterpret_cast<uintptr_t>(rows.data()) % alignof(RowRecord) != 0) throw std::invalid_argument("rows: misaligned");
   if (logits && (logits->shape(0) < rows.shape(0) || logits->shape(1) != static_cast<size_t>(program.limits().vocab)))
@@ -124,6 +124,7 @@ void with_inputs(Program& program, const Vector<int32_t>& tokens, const Vector<i
   inputs.bias_values = span_of(bias_values);
   inputs.banned = span_of(banned);
   inputs.allowed = span_of(allowed);
+  inputs.masks = span_of(masks);
   inputs.logits = logits ? logits->data() : nullptr;
   const ReleasedGil released;
   (program.*Run)(inputs);
@@ -291,11 +292,11 @@ void bind_program(nb::module_& m) {
            "Takes up what lies in the store from a run before instead of shorten_head; returns its bytes, 0 for none.")
       .def_prop_ro("shortlist_bytes", &Program::shortlist_bytes)
       .def("step", &with_inputs<&Program::step>, "tokens"_a, "entry_starts"_a, "entry_positions"_a, "tables"_a, "rows"_a, "penalty_ids"_a,
-           "penalty_counts"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "logits"_a.noconvert() = nb::none(),
+           "penalty_counts"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "masks"_a, "logits"_a.noconvert() = nb::none(),
            "Runs one step without the GIL. Raises ValueError on inputs out of "
            "bounds, before anything is computed.")
       .def("check", &with_inputs<&Program::check>, "tokens"_a, "entry_starts"_a, "entry_positions"_a, "tables"_a, "rows"_a, "penalty_ids"_a,
-           "penalty_counts"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "logits"_a.noconvert() = nb::none(),
+           "penalty_counts"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "masks"_a, "logits"_a.noconvert() = nb::none(),
            "Raises what step would raise, and computes nothing.")
       .def_prop_ro("outputs", &outputs,
                    "uint8 [max_rows, ROW_OUTPUT_BYTES]: records of the last "

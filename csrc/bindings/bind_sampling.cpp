@@ -24,7 +24,7 @@ using Ids = std::vector<int32_t>;
 nb::dict kernels_sample(const Row& logits, float temperature, int top_k, float top_p, float min_p, uint64_t seed, int64_t position,
                         float repetition, float frequency, float presence, const Ids& penalty_ids, const Ids& penalty_counts,
                         const Ids& bias_ids, const std::vector<float>& bias_values, const Ids& banned, const std::optional<Ids>& allowed,
-                        int target, int num_logprobs, const std::string& isa) {
+                        const std::optional<std::vector<uint32_t>>& mask, int target, int num_logprobs, const std::string& isa) {
   if (penalty_ids.size() != penalty_counts.size() || bias_ids.size() != bias_values.size())
     throw std::invalid_argument("ids and their values differ in length");
   std::vector<float> row(logits.data(), logits.data() + logits.size());
@@ -52,6 +52,8 @@ nb::dict kernels_sample(const Row& logits, float temperature, int top_k, float t
     args.allowed = allowed->data();
     args.num_allowed = static_cast<int>(allowed->size());
   }
+  if (mask && mask->size() != (row.size() + 31) / 32) throw std::invalid_argument("mask: one word for 32 tokens");
+  if (mask) args.mask = mask->data();
   args.target = target;
   args.num_logprobs = num_logprobs;
   SampleScratch scratch(args.vocab, isa.c_str());
@@ -75,8 +77,8 @@ void bind_sampling(nb::module_& m) {
   m.def("kernels_sample", &kernels_sample, arg("logits"), nb::kw_only(), arg("temperature") = 1.f, arg("top_k") = 0, arg("top_p") = 1.f,
         arg("min_p") = 0.f, arg("seed") = 0, arg("position") = 0, arg("repetition") = 1.f, arg("frequency") = 0.f, arg("presence") = 0.f,
         arg("penalty_ids") = Ids(), arg("penalty_counts") = Ids(), arg("bias_ids") = Ids(), arg("bias_values") = std::vector<float>(),
-        arg("banned") = Ids(), arg("allowed") = nb::none(), arg("target") = -1, arg("num_logprobs") = -1, arg("isa") = "auto",
-        "Chooses a token from one row of float32 logits (left unchanged); fields as in csrc/kernels/sample.h.");
+        arg("banned") = Ids(), arg("allowed") = nb::none(), arg("mask") = nb::none(), arg("target") = -1, arg("num_logprobs") = -1,
+        arg("isa") = "auto", "Chooses a token from one row of float32 logits (left unchanged); fields as in csrc/kernels/sample.h.");
   m.def(
       "random_uniform", [](uint64_t seed, int64_t position) { return random_uniform(seed, position); }, arg("seed"), arg("position"),
       "The uniform number in [0, 1) that a draw at (seed, position) uses.");

@@ -22,7 +22,7 @@ namespace {
 
 static_assert(kTile == kSampleTile);
 
-const SampleScans kScansBaseline = {scan_maxima<4>, scan_weights<4>};
+const SampleScans kScansBaseline = {scan_maxima<4>, scan_weights<4>, scan_mask<4>};
 
 const SampleScans& scans_for(const std::string& isa) {
   const CpuFeatures& cpu = cpu_features();
@@ -67,14 +67,15 @@ float maximum_of(const float* x, int n) {
 
 bool has_processors(const SampleArgs& a) {
   const bool penalties = a.repetition != 1.f || a.frequency != 0.f || a.presence != 0.f;
-  return a.num_allowed >= 0 || a.num_banned > 0 || a.num_bias > 0 || (a.num_penalties > 0 && penalties);
+  return a.mask != nullptr || a.num_allowed >= 0 || a.num_banned > 0 || a.num_bias > 0 || (a.num_penalties > 0 && penalties);
 }
 
 // A tiny repetition penalty overflows; the token then is as likely as can be, which is no fault of the row.
 float saturate(float x) { return x > FLT_MAX ? FLT_MAX : x; }
 
-void process(const SampleArgs& a, float* kept) {
+void process(const SampleArgs& a, const SampleScans& scans, float* kept) {
   float* logits = a.logits;
+  if (a.mask != nullptr) scans.mask(logits, a.vocab, a.mask);
   const auto valid = [&](int32_t id) { return id >= 0 && id < a.vocab; };
   if (a.num_allowed >= 0) {
     std::fill_n(kept, a.vocab, -kInfinity);
@@ -328,7 +329,7 @@ void sample_row(const SampleArgs& a, SampleScratch& s, SampleResult& result) {
   if (a.target < 0) {
     if (has_processors(a)) {
       if (scored) raw = std::copy_n(a.logits, a.vocab, s.raw.get()) - a.vocab;
-      process(a, s.values.get());
+      process(a, *s.scans, s.values.get());
       if (s.scans->maxima(a.logits, a.vocab, s.tile_max.get())) return;
       max = maximum_of(s.tile_max.get(), tiles);
       if (max == -kInfinity) return;

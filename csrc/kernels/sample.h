@@ -1,6 +1,6 @@
 // One row of logits -> one token, with its logprob, rank and the most likely tokens beside it.
 //
-// Order (setpoint/engine/plan.py, RowSampling): allowed and banned ids, bias, repetition penalty, frequency and
+// Order (setpoint/engine/plan.py, RowSampling): mask, allowed and banned ids, bias, repetition penalty, frequency and
 // presence penalty, temperature, min_p, top_k, top_p, draw. Logprobs, rank and top ids come from the raw logits,
 // before any of that. Ties always go to the lowest id: greedy, top_k, top_p, rank and top ids rank tokens by
 // (logit descending, id ascending), so top_k = 1 is greedy.
@@ -37,9 +37,10 @@ struct SampleArgs {
   const int32_t* banned = nullptr;
   int num_banned = 0;
   const int32_t* allowed = nullptr;
-  int num_allowed = -1;   // -1 = all
-  int target = -1;        // >= 0: score this token, draw nothing
-  int num_logprobs = -1;  // -1 = no logprobs; 0..kMaxLogprobs top ids beside the token
+  int num_allowed = -1;            // -1 = all
+  const uint32_t* mask = nullptr;  // [ceil(vocab / 32)] bit i % 32 of word i / 32: token i is allowed; null = all
+  int target = -1;                 // >= 0: score this token, draw nothing
+  int num_logprobs = -1;           // -1 = no logprobs; 0..kMaxLogprobs top ids beside the token
 };
 
 struct SampleResult {

@@ -1,4 +1,4 @@
-// The two vector loops over the vocabulary, written once with explicit lanes and compiled per ISA.
+// The vector loops over the vocabulary, written once with explicit lanes and compiled per ISA.
 //
 // W is the machine's vector width in floats; 16 lanes are 16 / W vectors, so every W does the same operations on the
 // same lanes in the same order: no fused multiply-add, no reassociation. Everything is in an anonymous namespace
@@ -15,6 +15,8 @@ struct SampleScans {
   // w[i] = exp((x[i] - max) * inverse_temperature), 0 where that is below `floor` or underflows; max >= every x.
   // tile_sum[t] = sum of tile t.
   void (*weights)(const float* x, int n, float max, float inverse_temperature, float floor, float* w, float* tile_sum);
+  // x[i] = -inf where bit i % 32 of word i / 32 is not set.
+  void (*mask)(float* x, int n, const uint32_t* words);
 };
 
 extern const SampleScans kSampleScansAvx2;
@@ -132,6 +134,26 @@ void scan_weights(const float* x, int n, float max, float inverse_temperature, f
     tile_sum[whole] = tile_weights<W>(tile, max, inverse_temperature, floor, kept);
     for (int i = 0; i < rest; ++i) w[first + i] = kept[i];
   }
+}
+
+template <int W>
+void scan_mask(float* x, int n, const uint32_t* words) {
+  using V = Vector<W>;
+  uint32_t lane[W];
+  for (int l = 0; l < W; ++l) lane[l] = 1u << l;
+  typename V::Bits lane_bits;
+  __builtin_memcpy(&lane_bits, lane, sizeof lane_bits);
+  const int whole = n / 32;
+  for (int i = 0; i < whole; ++i) {
+    if (words[i] == ~0u) continue;
+    for (int j = 0; j < 32; j += W) {
+      float* at = x + static_cast<ptrdiff_t>(i) * 32 + j;
+      const typename V::Bits bits = (typename V::Bits{} + (words[i] >> j)) & lane_bits;
+      V::store(at, bits != 0u ? V::load(at) : typename V::Float{} - kInfinity);
+    }
+  }
+  for (int i = whole * 32; i < n; ++i)
+    if ((words[whole] >> i % 32 & 1) == 0) x[i] = -kInfinity;
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace setpoint {
 
 // A row whose logits are wanted; runtime/cpu/arrays.py writes records of this
 // layout. Ranges index the flat lists of StepInputs. target -1 = draw a token;
-// num_logprobs -1 = none; allowed_end -1 = every token is allowed.
+// num_logprobs -1 = none; allowed_end or mask_end -1 = every token is allowed by it.
 struct RowRecord {
   uint64_t seed;
   int64_t position;
@@ -20,8 +20,9 @@ struct RowRecord {
   int32_t token;  // index into StepInputs::tokens
   int32_t top_k, target, num_logprobs;
   int32_t penalty_begin, penalty_end, bias_begin, bias_end, banned_begin, banned_end, allowed_begin, allowed_end;
+  int32_t mask_begin, mask_end;  // words of 32 tokens, lowest bit first
 };
-static_assert(sizeof(RowRecord) == 88);
+static_assert(sizeof(RowRecord) == 96);
 
 struct BlockTables {
   const int32_t* ids = nullptr;  // [entries][width]: logical block -> block id,
@@ -36,6 +37,7 @@ struct StepInputs {
   std::span<const BlockTables> tables;       // per KV group
   std::span<const RowRecord> rows;
   std::span<const int32_t> penalty_ids, penalty_counts, bias_ids, banned, allowed;
+  std::span<const uint32_t> masks;
   std::span<const float> bias_values;
   float* logits = nullptr;  // [rows][vocab] or null: a copy of the raw logits
 };
@@ -85,6 +87,7 @@ class Batch {
   void load_entries(const StepInputs& inputs);
   void load_tables(const StepInputs& inputs);
   void check_rows(const StepInputs& inputs) const;
+  void check_mask(const StepInputs& inputs, const RowRecord& row, int number) const;
 
   const Limits limits_;
   const std::vector<KvGroup> groups_;

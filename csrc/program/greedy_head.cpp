@@ -88,16 +88,18 @@ const PackedWeight& GreedyHead::first_weight(const PackedWeight& whole, int rows
   return screen_for(rows) == copy ? shortlist_.weight() : whole;
 }
 
-// The exact logits of a panel, of which the row knows a bound so far. Once for each of them.
+// The exact logits of a panel, of which the row knows a bound so far. Once for each of them. What the row's mask
+// forbids is never the best.
 GreedyHead::Best GreedyHead::multiply(const Step& step, const HeadRows& rows, Screen screen, int row, int panel) {
   if (screen == whole)
     rows.add_fine(step.kernels, row, panel);
   else
     rows.multiply(step.kernels, row, row + 1, panel, panel + 1);
   const float* logits = rows.logits.row(row);
+  const uint32_t allowed = rows.allowed(row, panel);
   Best best{-std::numeric_limits<float>::infinity(), panel * 16};
   for (int channel = panel * 16; channel < std::min(panel * 16 + 16, rows.weight.n); ++channel)
-    if (logits[channel] > best.logit) best = {logits[channel], channel};
+    if ((allowed >> channel % 16 & 1) != 0 && logits[channel] > best.logit) best = {logits[channel], channel};
   return best;
 }
 
@@ -120,6 +122,7 @@ void GreedyHead::find(const Step& step, const HeadRows& rows, MatmulSchedule& sc
   });
   step.pool.barrier();
   for (int row = thread; row < rows.count; row += step.pool.team()) {
+    if (rows.is_masked(row)) leave_out_forbidden(rows, row);
     const int panel = shortlist_.most_promising(row);
     first_[static_cast<size_t>(row)] = multiply(step, rows, screen, row, panel);
     shortlist_.leave_out(row, panel);
@@ -133,6 +136,11 @@ void GreedyHead::find(const Step& step, const HeadRows& rows, MatmulSchedule& sc
     tallies_[screen].retried += std::accumulate(retried_.begin(), retried_.end(), static_cast<long>(rows.count));
     std::fill(retried_.begin(), retried_.end(), 0);
   }
+}
+
+void GreedyHead::leave_out_forbidden(const HeadRows& rows, int row) {
+  for (int panel = 0; panel < rows.weight.panels(); ++panel)
+    if (rows.allowed(row, panel) == 0) shortlist_.leave_out(row, panel);
 }
 
 // A thread's share of the panels, each in full for the rows whose best may be in it.

@@ -16,6 +16,16 @@ struct HeadRows {
   const QuantizedActivations& coarse;
   const QuantizedActivations& fine;
   FloatRows& logits;
+  const StepInputs& inputs;
+  int first;  // the step's row that is row 0 here
+
+  // Which channels of a panel the row's mask allows.
+  uint32_t allowed(int row, int panel) const {
+    const RowRecord& record = inputs.rows[static_cast<size_t>(first + row)];
+    if (record.mask_end < 0) return 0xffff;
+    return inputs.masks[static_cast<size_t>(record.mask_begin + panel / 2)] >> panel % 2 * 16 & 0xffff;
+  }
+  bool is_masked(int row) const { return inputs.rows[static_cast<size_t>(first + row)].mask_end >= 0; }
 
   // Exact logits of some rows and panels; add_fine: where the coarse plane's part is there already.
   void add_fine(const KernelTable& kernels, int row, int panel) const;
@@ -57,6 +67,7 @@ class GreedyHead {
   };
   Screen screen_for(int rows) const;  // kScreens: none pays
   Best multiply(const Step& step, const HeadRows& rows, Screen screen, int row, int panel);
+  void leave_out_forbidden(const HeadRows& rows, int row);
   void try_others(const Step& step, const HeadRows& rows, Screen screen, int thread);
 
   int max_rows_;

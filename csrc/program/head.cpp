@@ -1,6 +1,7 @@
 #include "program/head.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <utility>
 
@@ -9,6 +10,8 @@ namespace setpoint {
 namespace {
 
 constexpr size_t kLogitsBytes = size_t{32} << 20;
+// Masks that leave at most one panel in so many are cheaper to follow than to screen the whole matrix.
+constexpr int kSparse = 8;
 
 int rows_of_a_chunk(const Limits& limits) {
   const size_t fit = kLogitsBytes / sizeof(float) / static_cast<size_t>(limits.vocab);
@@ -26,7 +29,10 @@ HeadStage::HeadStage(int in, bool selected, Norm norm, PackedWeight weight, cons
       hidden_(chunk_rows_, weight.k),
       logits_(chunk_rows_, weight.n),
       outputs_(static_cast<size_t>(limits.max_rows)),
-      schedules_(static_cast<size_t>((limits.max_rows + chunk_rows_ - 1) / chunk_rows_)) {
+      schedules_(static_cast<size_t>((limits.max_rows + chunk_rows_ - 1) / chunk_rows_)),
+      mask_words_(static_cast<size_t>((limits.vocab + 31) / 32)),
+      allowed_(schedules_.size() * mask_words_),
+      sparse_(schedules_.size()) {
   if (weight.n != limits.vocab || static_cast<size_t>(weight.k) != norm_.weight.size())
     throw std::invalid_argument("the head's weight must be [vocab, hidden]");
   if (weight.is_quantized()) {
@@ -40,16 +46,36 @@ HeadStage::HeadStage(int in, bool selected, Norm norm, PackedWeight weight, cons
 int HeadStage::chunk_end(const Step& step, int chunk) const { return std::min(step.batch.num_rows(), (chunk + 1) * chunk_rows_); }
 
 void HeadStage::prepare(const Step& step) {
-  for (int chunk = 0; chunk * chunk_rows_ < step.batch.num_rows(); ++chunk)
+  for (int chunk = 0; chunk * chunk_rows_ < step.batch.num_rows(); ++chunk) {
     schedules_[static_cast<size_t>(chunk)].reset(chunk_end(step, chunk) - chunk * chunk_rows_, weight_.panels(), step.pool.size());
+    note_allowed(step, chunk);
+  }
   if (greedy_) greedy_->prepare();
   if (collecting_) collected_.resize(static_cast<size_t>(step.batch.num_rows()) * static_cast<size_t>(weight_.k));
+}
+
+// What the masks of a chunk's rows allow together, where every row has one and needs no other logits.
+void HeadStage::note_allowed(const Step& step, int chunk) {
+  const StepInputs& inputs = step.batch.inputs();
+  const auto rows =
+      inputs.rows.subspan(static_cast<size_t>(chunk * chunk_rows_), static_cast<size_t>(chunk_end(step, chunk) - chunk * chunk_rows_));
+  const auto is_masked = [](const RowRecord& row) { return row.mask_end >= 0 && row.target < 0 && row.num_logprobs < 0; };
+  sparse_[static_cast<size_t>(chunk)] = 0;
+  if (inputs.logits != nullptr || !std::all_of(rows.begin(), rows.end(), is_masked)) return;
+  uint32_t* allowed = allowed_.data() + static_cast<size_t>(chunk) * mask_words_;
+  std::fill_n(allowed, mask_words_, 0u);
+  for (const RowRecord& row : rows)
+    for (size_t i = 0; i < mask_words_; ++i) allowed[i] |= inputs.masks[static_cast<size_t>(row.mask_begin) + i];
+  int panels = 0;
+  for (size_t i = 0; i < mask_words_; ++i) panels += ((allowed[i] & 0xffff) != 0) + (allowed[i] >> 16 != 0);
+  sparse_[static_cast<size_t>(chunk)] = panels * kSparse <= weight_.panels();
 }
 
 // The rows' only question is which token is the most likely.
 bool HeadStage::wants_best_alone(const Step& step, int chunk) const {
   const StepInputs& inputs = step.batch.inputs();
-  if (!greedy_ || inputs.logits != nullptr || !greedy_->covers(chunk_end(step, chunk) - chunk * chunk_rows_)) return false;
+  if (is_sparse(chunk) || !greedy_ || inputs.logits != nullptr || !greedy_->covers(chunk_end(step, chunk) - chunk * chunk_rows_))
+    return false;
   const auto plain = [](const RowRecord& row) {
     return row.temperature <= 0.f && row.target < 0 && row.num_logprobs < 0 && row.penalty_begin == row.penalty_end &&
            row.bias_begin == row.bias_end && row.banned_begin == row.banned_end && row.allowed_end < 0;
@@ -97,7 +123,7 @@ void HeadStage::run(const Step& step, int thread) {
 std::span<const uint8_t> HeadStage::first_reads(const Step& step, int thread) const {
   if (step.batch.num_rows() == 0) return {};
   const int panel = schedules_[0].first_panel(thread, step.pool.team());
-  if (panel < 0) return {};
+  if (panel < 0 || is_sparse(0)) return {};
   if (!wants_best_alone(step, 0)) return stored_from(weight_, panel);
   return stored_from(greedy_->first_weight(weight_, chunk_end(step, 0)), panel);
 }
@@ -130,13 +156,37 @@ void HeadStage::multiply(const Step& step, int chunk, int thread) {
     args.fine = fine_.view();
   }
   schedules_[static_cast<size_t>(chunk)].run(thread, step.pool.team(), [&](int row_begin, int row_end, int panel_begin, int panel_end) {
-    if (weight_.is_quantized()) return rows.multiply(step.kernels, row_begin, row_end, panel_begin, panel_end);
     args.row_begin = row_begin;
     args.row_end = row_end;
     args.panel_begin = panel_begin;
     args.panel_end = panel_end;
-    run_matmul(step.kernels, args);
+    if (is_sparse(chunk))
+      multiply_allowed(rows, step.kernels, args, chunk);
+    else
+      multiply_all(rows, step.kernels, args);
   });
+}
+
+void HeadStage::multiply_all(const HeadRows& rows, const KernelTable& kernels, const MatmulArgs& args) const {
+  if (weight_.is_quantized())
+    rows.multiply(kernels, args.row_begin, args.row_end, args.panel_begin, args.panel_end);
+  else
+    run_matmul(kernels, args);
+}
+
+// Panels without an allowed token are -inf unseen.
+void HeadStage::multiply_allowed(const HeadRows& rows, const KernelTable& kernels, MatmulArgs args, int chunk) {
+  const int end = args.panel_end;
+  while (args.panel_begin < end) {
+    const bool wanted = is_allowed(chunk, args.panel_begin);
+    args.panel_end = args.panel_begin + 1;
+    while (args.panel_end < end && is_allowed(chunk, args.panel_end) == wanted) ++args.panel_end;
+    if (wanted) multiply_all(rows, kernels, args);
+    for (int row = args.row_begin; !wanted && row < args.row_end; ++row)
+      std::fill(logits_.row(row) + args.panel_begin * 16, logits_.row(row) + std::min(args.panel_end * 16, weight_.n),
+                -std::numeric_limits<float>::infinity());
+    args.panel_begin = args.panel_end;
+  }
 }
 
 void HeadStage::sample(const Step& step, int row, int thread) {
@@ -166,6 +216,7 @@ void HeadStage::sample(const Step& step, int row, int thread) {
   args.num_banned = record.banned_end - record.banned_begin;
   args.allowed = inputs.allowed.data() + record.allowed_begin;
   args.num_allowed = record.allowed_end == -1 ? -1 : record.allowed_end - record.allowed_begin;
+  if (record.mask_end >= 0) args.mask = inputs.masks.data() + record.mask_begin;
   args.target = record.target;
   args.num_logprobs = record.num_logprobs;
   SampleResult result;

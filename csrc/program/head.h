@@ -53,8 +53,18 @@ class HeadStage : public Stage {
   size_t greedy_bytes() const { return greedy_ ? greedy_->num_bytes() : 0; }
 
  private:
-  HeadRows rows_of(const Step& step, int chunk) { return {chunk_end(step, chunk) - chunk * chunk_rows_, weight_, coarse_, fine_, logits_}; }
+  HeadRows rows_of(const Step& step, int chunk) {
+    const int first = chunk * chunk_rows_;
+    return {chunk_end(step, chunk) - first, weight_, coarse_, fine_, logits_, step.batch.inputs(), first};
+  }
   bool wants_best_alone(const Step& step, int chunk) const;
+  void note_allowed(const Step& step, int chunk);
+  bool is_sparse(int chunk) const { return sparse_[static_cast<size_t>(chunk)] != 0; }
+  bool is_allowed(int chunk, int panel) const {
+    return (allowed_[static_cast<size_t>(chunk) * mask_words_ + static_cast<size_t>(panel / 2)] >> panel % 2 * 16 & 0xffff) != 0;
+  }
+  void multiply_allowed(const HeadRows& rows, const KernelTable& kernels, MatmulArgs args, int chunk);
+  void multiply_all(const HeadRows& rows, const KernelTable& kernels, const MatmulArgs& args) const;
   void gather(const Step& step, int chunk, int thread);
   void multiply(const Step& step, int chunk, int thread);
   void sample(const Step& step, int row, int thread);
@@ -73,6 +83,10 @@ class HeadStage : public Stage {
   std::vector<SampleScratch> scratch_;     // per thread
   std::vector<RowOutput> outputs_;         // [max_rows]
   std::vector<MatmulSchedule> schedules_;  // per chunk
+  // Rows whose masks allow few tokens multiply no more of the matrix than those.
+  size_t mask_words_;
+  std::vector<uint32_t> allowed_;  // [chunks][mask words] by any row of the chunk
+  std::vector<char> sparse_;       // per chunk
   std::unique_ptr<GreedyHead> greedy_;
   bool collecting_ = false;
   std::vector<float> collected_;  // [rows][hidden]

@@ -270,7 +270,7 @@ size_t Program::shorten_head(std::span<const int32_t> tokens) {
     RowRecord& row = rows[static_cast<size_t>(i)];
     row = {};
     row.token = i;
-    row.target = row.num_logprobs = row.allowed_end = -1;
+    row.target = row.num_logprobs = row.allowed_end = row.mask_end = -1;
   }
   const int32_t starts[] = {0, count}, position = 0;
   StepInputs inputs;

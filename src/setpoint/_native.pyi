@@ -124,6 +124,7 @@ class Program:
         bias_values: NDArray[np.float32],
         banned: NDArray[np.int32],
         allowed: NDArray[np.int32],
+        masks: NDArray[np.uint32],
         logits: NDArray[np.float32] | None = None,
     ) -> None: ...
     def check(self, *arguments: Any) -> None: ...

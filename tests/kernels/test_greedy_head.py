@@ -125,3 +125,88 @@ def test_other_heads_are_read_as_ever(format: str, channels: int) -> None:
     assert runner.step_bytes == runner.weight_bytes
     assert tokens(runner, [7]) == read_in_full(runner, [7])
     assert runner.program.head_retried_part == 0
+
+
+# --- masks ---------------------------------------------------------------------------------------------------------
+
+
+def mask_of(tokens: np.ndarray) -> bytes:
+    bits = np.zeros(-(-CHANNELS // 32) * 32, bool)
+    bits[tokens] = True
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def masks(rng: np.random.Generator, count: int, number: int) -> list[np.ndarray]:
+    """So many allowed tokens, other ones for every row."""
+    return [np.sort(rng.choice(CHANNELS, count, replace=False)) for _ in range(number)]
+
+
+def masked_plan(runner: CpuRunner, lengths: list[int], allowed: list[np.ndarray], **sampling: object) -> StepPlan:
+    entries, left = [], iter(allowed)
+    for entry in plan(runner, lengths).entries:
+        rows = [
+            LogitsRow(row.offset, RowSampling(temperature=0.0, mask=mask_of(next(left))), num_logprobs=None)
+            for row in entry.rows
+        ]
+        entries.append(replace(entry, rows=[replace(row, **sampling) for row in rows]))
+    return StepPlan(entries)
+
+
+def masked_argmax(runner: CpuRunner, lengths: list[int], allowed: list[np.ndarray]) -> list[int]:
+    logits = runner.logits(plan(runner, lengths))
+    return [int(tokens[row[tokens].argmax()]) for row, tokens in zip(logits, allowed, strict=True)]
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("count", [1, 2, 40, 700, 3000, CHANNELS - 1, CHANNELS])
+def test_masked_rows_get_the_best_of_what_they_may(isa: str, count: int) -> None:
+    """From one token to all: through few panels, through the screening, in one chunk of rows and in several."""
+    rng = np.random.default_rng(count)
+    runner = open_greedy(random_head(6), isa=isa, num_threads=2)
+    for lengths in ([1], [3, 1, 2], [40, 50]):
+        allowed = masks(rng, count, sum(lengths))
+        expected = masked_argmax(runner, lengths, allowed)
+        results = runner.execute(masked_plan(runner, lengths, allowed))
+        assert [row.token_id for entry in results.entries for row in entry.rows] == expected
+        scored = runner.execute(masked_plan(runner, lengths, allowed, num_logprobs=1))  # every logit is computed
+        assert [row.token_id for entry in scored.entries for row in entry.rows] == expected
+
+
+def test_masked_and_free_rows_share_a_step() -> None:
+    rng = np.random.default_rng(8)
+    runner = open_greedy(random_head(7))
+    allowed = masks(rng, 5, 6)
+    free = tokens(runner, [6])
+    masked = masked_argmax(runner, [6], allowed)
+    entry = masked_plan(runner, [6], allowed).entries[0]
+    rows = [row if i % 2 else LogitsRow(row.offset, GREEDY) for i, row in enumerate(entry.rows)]
+    found = runner.execute(StepPlan([replace(entry, rows=rows)])).entries[0].rows
+    assert [row.token_id for row in found] == [masked[i] if i % 2 else free[i] for i in range(6)]
+
+
+def test_the_lowest_id_wins_a_tie_among_the_allowed() -> None:
+    head = random_head(0)
+    head[:] = head[5]
+    runner = open_greedy(head)
+    for allowed in (np.array([17, 4000]), np.arange(1, CHANNELS), np.array([CHANNELS - 1])):
+        result = runner.execute(masked_plan(runner, [1], [allowed])).entries[0].rows[0]
+        assert result.token_id == allowed[0]
+
+
+@pytest.mark.parametrize("mask", [b"", b"\x01", mask_of(np.array([3]))[:-4], mask_of(np.array([3])) + b"\0\0\0\0"])
+def test_a_mask_of_another_vocabulary_fails_its_entry_alone(mask: bytes) -> None:
+    runner = open_greedy(random_head(0))
+    good, bad = plan(runner, [1, 1]).entries
+    bad = replace(bad, rows=[LogitsRow(0, RowSampling(temperature=0.0, mask=mask))])
+    results = runner.execute(StepPlan([good, bad])).entries
+    assert results[0].error is None
+    assert results[1].error is not None
+
+
+def test_a_mask_that_allows_nothing_is_refused() -> None:
+    runner = open_greedy(random_head(0))
+    nothing = bytearray(mask_of(np.array([], int)))
+    nothing[-1] = 0x80  # beyond the vocabulary
+    entry = plan(runner, [1]).entries[0]
+    entry = replace(entry, rows=[LogitsRow(0, RowSampling(temperature=0.0, mask=bytes(nothing)))])
+    assert runner.execute(StepPlan([entry])).entries[0].error is not None

@@ -43,12 +43,21 @@ def token_of(logits, **fields) -> int:
 # ------------------------------------------------------------------------------------------------------ the oracle
 
 
+WORDS = st.integers(0, (1 << 32) - 1)
+
+
+def unpacked(mask, vocab):
+    return np.unpackbits(np.array(mask, np.uint32).view(np.uint8), bitorder="little")[:vocab].astype(bool)
+
+
 def processed(
-    logits, *, allowed=None, banned=(), bias_ids=(), bias_values=(), repetition=1.0, frequency=0.0, presence=0.0,
-    penalty_ids=(), penalty_counts=(), **_,
+    logits, *, mask=None, allowed=None, banned=(), bias_ids=(), bias_values=(), repetition=1.0, frequency=0.0,
+    presence=0.0, penalty_ids=(), penalty_counts=(), **_,
 ):  # fmt: skip
     """The logits after all processors, with the roundings of float32, so that ties stay ties."""
     x = np.array(logits, np.float32)
+    if mask is not None:
+        x[~unpacked(mask, len(x))] = -np.inf
     if allowed is not None:
         x[[i for i in range(len(x)) if i not in set(allowed)]] = -np.inf
     x[list(banned)] = -np.inf
@@ -116,6 +125,7 @@ def rows_and_fields():
             "presence": draw(st.sampled_from([-0.5, 0.0, 2.0])),
             "banned": draw(some_ids),
             "allowed": draw(st.none() | some_ids),
+            "mask": draw(st.none() | st.lists(WORDS, min_size=-(-vocab // 32), max_size=-(-vocab // 32))),
         }
         fields["penalty_ids"] = draw(some_ids)
         fields["penalty_counts"] = [draw(st.integers(0, 3)) for _ in fields["penalty_ids"]]
@@ -153,6 +163,7 @@ PROCESSORS = [
     {"top_p": 0.999, "temperature": 2.0},
     {"top_k": 300, "top_p": 0.8, "min_p": 0.001, "temperature": 1.2},
     {"allowed": [3, 700, 4999], "banned": [700]},
+    {"mask": [0x0F0F0F0F] * 100 + [0] * 56 + [0xFFFFFFFF]},
     {"bias_ids": [17, 4000], "bias_values": [12.5, -100.0]},
     {"repetition": 1.5, "penalty_ids": list(range(0, 5000, 3)), "penalty_counts": [0] * 1667},
     {"frequency": 0.4, "presence": 1.0, "penalty_ids": list(range(0, 5000, 2)), "penalty_counts": [0, 1, 7, 2] * 625},

@@ -2,5 +2,5 @@
 #include "kernels/sample_scan.h"
 
 namespace setpoint {
-const SampleScans kSampleScansAvx2 = {scan_maxima<8>, scan_weights<8>};
+const SampleScans kSampleScansAvx2 = {scan_maxima<8>, scan_weights<8>, scan_mask<8>};
 }

@@ -2,5 +2,5 @@
 #include "kernels/sample_scan.h"
 
 namespace setpoint {
-const SampleScans kSampleScansAvx512 = {scan_maxima<16>, scan_weights<16>};
+const SampleScans kSampleScansAvx512 = {scan_maxima<16>, scan_weights<16>, scan_mask<16>};
 }

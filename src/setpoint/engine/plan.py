@@ -36,7 +36,7 @@ class RunnerInfo:
 class RowSampling:
     """How to choose one token from one row of logits. Plain values only; already validated.
 
-    Order of application: banned/allowed ids, bias, repetition, frequency and presence penalties, temperature,
+    Order of application: mask, banned/allowed ids, bias, repetition, frequency and presence penalties, temperature,
     min_p, top_k, top_p, draw. `temperature == 0` is greedy (ties go to the lowest id). The draw depends on
     (seed, position) alone. Penalty state: `penalty_ids[i]` occurred `penalty_counts[i]` times in the output
     (0 = in the prompt only); the repetition penalty applies to all of them, the other two where count > 0.
@@ -57,6 +57,7 @@ class RowSampling:
     bias_values: Sequence[float] = ()
     banned_ids: Sequence[int] = ()
     allowed_ids: Sequence[int] | None = None  # None = all
+    mask: bytes | None = None  # bit i of byte i // 8: token i is allowed; whole words of 4 bytes; None = all
 
 
 @dataclass(slots=True)

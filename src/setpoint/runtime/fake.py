@@ -207,8 +207,13 @@ def _permitted(token: int, sampling: RowSampling | None, vocab_size: int) -> int
         return token
     banned = set(sampling.banned_ids)
     allowed = None if sampling.allowed_ids is None else set(sampling.allowed_ids)
+    mask = sampling.mask
+    if mask is not None and len(mask) != -(-vocab_size // 32) * 4:
+        raise KVError("a mask of another vocabulary")
     for step in range(vocab_size):
         candidate = (token + step) % vocab_size
+        if mask is not None and not mask[candidate >> 3] >> (candidate & 7) & 1:
+            continue
         if candidate not in banned and (allowed is None or candidate in allowed):
             return candidate
     raise KVError("a row permits no token")

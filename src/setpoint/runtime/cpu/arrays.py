@@ -17,7 +17,7 @@ ROW_RECORD = np.dtype(
     [("seed", "u8"), ("position", "i8")]
     + [(name, "f4") for name in ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")]
     + [(name, "i4") for name in ("token", "top_k", "target", "num_logprobs")]
-    + [(f"{name}_{end}", "i4") for name in ("penalty", "bias", "banned", "allowed") for end in ("begin", "end")]
+    + [(f"{name}_{end}", "i4") for name in ("penalty", "bias", "banned", "allowed", "mask") for end in ("begin", "end")]
 )
 ROW_OUTPUT = np.dtype(
     [
@@ -34,8 +34,9 @@ if (ROW_RECORD.itemsize, ROW_OUTPUT.itemsize) != (_native.ROW_RECORD_BYTES, _nat
     raise ImportError("setpoint._native was built from other sources; rebuild it")
 
 GREEDY = RowSampling(temperature=0.0)
-_PACK_ROW = struct.Struct("=Qq6f12i").pack  # ROW_RECORD, several times as fast as numpy makes one from a tuple
+_PACK_ROW = struct.Struct("=Qq6f14i").pack  # ROW_RECORD, several times as fast as numpy makes one from a tuple
 _NO_RECORDS, _NO_IDS, _NO_VALUES = np.empty(0, np.uint8), np.empty(0, np.int32), np.empty(0, np.float32)
+_NO_MASKS = np.empty(0, np.uint32)
 
 
 class StepArrays:
@@ -92,6 +93,8 @@ class _Rows:
         self.bias_values: list[float] = []
         self.banned: list[int] = []
         self.allowed: list[int] = []
+        self.masks: list[bytes] = []
+        self.mask_words = 0
 
     def append(self, token: int, row: LogitsRow) -> None:
         sampling = row.sampling or GREEDY
@@ -103,6 +106,10 @@ class _Rows:
         self.banned += sampling.banned_ids
         if sampling.allowed_ids is not None:
             self.allowed += sampling.allowed_ids
+        mask_begin = self.mask_words
+        if sampling.mask is not None:
+            self.masks.append(sampling.mask)
+            self.mask_words += len(sampling.mask) // 4
         try:
             record = _PACK_ROW(
                 sampling.seed,
@@ -125,6 +132,8 @@ class _Rows:
                 len(self.banned),
                 begins[3],
                 -1 if sampling.allowed_ids is None else len(self.allowed),
+                mask_begin,
+                -1 if sampling.mask is None else self.mask_words,
             )
         except struct.error as error:
             raise ValueError(f"a number of a row is out of range: {error}") from None
@@ -140,6 +149,7 @@ class _Rows:
             np.array(self.bias_values, np.float32) if self.bias_values else _NO_VALUES,
             _ids(self.banned),
             _ids(self.allowed),
+            np.frombuffer(b"".join(self.masks), np.uint32) if self.masks else _NO_MASKS,
         )
 
 
