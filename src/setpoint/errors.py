@@ -11,7 +11,8 @@
     │   └── ContextLengthError     prompt (plus output) longer than the context
     ├── QueueFullError         the bounded queue is full                           HTTP 429
     └── EngineError            the engine failed while serving the request         HTTP 500
-        └── EngineDeadError        the engine is not running any more              HTTP 503
+        ├── EngineDeadError        the engine is not running any more              HTTP 503
+        └── OutputViolationError   the output does not have the structure asked for
 
 Messages are one line with the remedy; they hold no addresses, paths of the server, keys or prompt text
 when they can reach a client (`RequestError`, `QueueFullError`, `EngineError`).
@@ -79,4 +80,8 @@ class EngineError(SetpointError):
 
 
 class EngineDeadError(EngineError):
+    pass
+
+
+class OutputViolationError(EngineError):
     pass

@@ -46,7 +46,7 @@ def items_of(bound: Bound, count: int) -> list:
 def test_every_field_has_a_bound_or_is_a_flag():
     hints = typing.get_type_hints(SamplingParams)
     assert {name for name, hint in hints.items() if hint is bool} == set(FLAGS)
-    assert set(FIELDS) - set(FLAGS) == set(BOUNDS)
+    assert set(FIELDS) - set(FLAGS) - {"structured_outputs"} == set(BOUNDS)  # which states the bounds of its own fields
     for name, bound in BOUNDS.items():
         assert bound.minimum < bound.maximum, name
         assert math.isfinite(bound.maximum), name
@@ -284,7 +284,7 @@ junk = st.recursive(
 def test_anything_else_is_an_error_that_names_a_field(name, value):
     params, error = built({name: value})
     if params is None:
-        assert error.param in FIELDS
+        assert error.param.split(".")[0] in FIELDS
         assert "\n" not in str(error)
         return
     params.check_vocabulary(MAX_VOCABULARY)

@@ -37,6 +37,7 @@ class Event:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+    is_complete: bool = False  # finish_reason is "stop" because a grammar left nothing to add: no token says the end
     error: Exception | None = None  # set if and only if finish_reason == "error"; safe to show to a client
     num_cached_tokens: int = 0  # of the prompt, at first admission; index 0 is what `usage` reports
     num_output_tokens: int = 0  # so far, this event included

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from setpoint.engine.constraint import Grammar
 from setpoint.engine.sampling import SamplingParams
 from setpoint.errors import RequestError
 
@@ -26,6 +27,7 @@ class Request:
     cache_salt: str = ""
     tenant: str = ""
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
+    grammar: Grammar | None = None  # of `params.structured_outputs`, compiled
 
     def validate(self, *, vocab_size: int, max_model_len: int) -> None:
         """Raise RequestError unless every number is within the bounds of this model."""
@@ -46,6 +48,9 @@ class Request:
         if any(not 0 <= token < vocab_size for token in self.eos_token_ids):
             raise RequestError(f"eos token ids must be in 0..{vocab_size - 1}", param="eos_token_ids")
         self.params.check_vocabulary(vocab_size)
+        if self.grammar is None and self.params.structured_outputs is not None:  # never unconstrained text instead
+            message = "structured_outputs was not compiled for this request"
+            raise RequestError(message, param="structured_outputs", reason="not_supported")
         self._validate_allowed_ids()
 
     def _validate_allowed_ids(self) -> None:

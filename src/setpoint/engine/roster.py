@@ -143,6 +143,7 @@ class Roster:
             prompt_logprobs=outcome.prompt_logprobs,
             finish_reason=outcome.finish_reason,
             stop_reason=outcome.stop_reason,
+            is_complete=outcome.finish_reason == "stop" and seq.token_ids[-1] not in seq.stop_ids,
             error=outcome.error,
             num_cached_tokens=seq.num_cached_tokens,
             num_output_tokens=len(seq.token_ids) - seq.num_prompt,

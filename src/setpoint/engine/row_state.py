@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
+from setpoint.engine.constraint import Constraint, Grammar, admissible
 from setpoint.engine.plan import RowSampling
 from setpoint.engine.sampling import SamplingParams
 from setpoint.errors import RequestError
@@ -20,12 +21,22 @@ def sequence_seed(seed: int, index: int) -> int:
 
 
 class RowState:
-    """Penalty counts, kept up to date token by token, and the bans that depend on what was generated."""
+    """Penalty counts, kept up to date token by token, and what may not come next: by grammar, bans, or both."""
 
-    def __init__(self, params: SamplingParams, *, seed: int, prompt: Sequence[int], stop_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        seed: int,
+        prompt: Sequence[int],
+        stop_ids: Iterable[int],
+        grammar: Grammar | None = None,
+    ) -> None:
         self._params = params
         self._seed = seed
-        self._stop_ids = tuple(sorted(stop_ids)) if params.min_tokens > 0 else ()
+        stop_ids = tuple(sorted(stop_ids))
+        self.constraint: Constraint | None = None if grammar is None else grammar.start(stop_ids)
+        self._stop_ids = stop_ids if params.min_tokens > 0 else ()
         self._bad_words = tuple(map(tuple, params.bad_words_token_ids))
         self._longest_bad_word = max(map(len, self._bad_words), default=0)
         bias = params.logit_bias or {}
@@ -33,6 +44,7 @@ class RowState:
         self._bias_values = tuple(bias.values())
         allowed = params.allowed_token_ids
         self._allowed_ids = None if allowed is None else tuple(allowed)
+        self._allowed_bits = -1 if allowed is None or grammar is None else _bits(allowed)
         self._penalises = (
             params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
         )
@@ -45,6 +57,8 @@ class RowState:
 
     def append(self, token: int) -> None:
         """The sequence generated `token`."""
+        if self.constraint is not None:
+            self.constraint.advance(token)
         if self._penalises:
             self._count(token, 1)
 
@@ -56,12 +70,38 @@ class RowState:
         else:
             self._counts[slot] += amount
 
+    def rows(self, token_ids: Sequence[int], num_prompt: int, drafts: Sequence[int]) -> list[RowSampling]:
+        """How to draw the token after `token_ids`, and the one after each draft, as if those before it were accepted.
+
+        Ends before the first draft that cannot come, or that nothing could follow.
+        """
+        rows = [self.row(token_ids, num_prompt)]
+        constraint, num_taken = self.constraint, 0
+        if constraint is not None and drafts:
+            drafts = drafts[: admissible(constraint, drafts)]
+        try:
+            for count in range(1, len(drafts) + 1):
+                if constraint is not None:
+                    constraint.advance(drafts[count - 1])
+                    num_taken += 1
+                rows.append(self.row(token_ids, num_prompt, drafts[:count]))
+        except RequestError:  # it concerns a text that may never be: the draft is not tried
+            pass
+        finally:
+            if constraint is not None and num_taken:
+                constraint.rollback(num_taken)
+        return rows
+
     def row(self, token_ids: Sequence[int], num_prompt: int, guesses: Sequence[int] = ()) -> RowSampling:
-        """How to draw the token after `token_ids` and then `guesses` (drafts taken as if they were accepted)."""
+        """How to draw the token after `token_ids` and then `guesses` (drafts taken as if they were accepted).
+
+        A constraint must have taken all of them.
+        """
         params = self._params
         num_output = len(token_ids) - num_prompt + len(guesses)
         bans = self._bad_words or num_output < params.min_tokens
         banned = self._banned(token_ids, num_prompt, guesses, num_output) if bans else ()
+        mask = None if self.constraint is None else self._mask(self.constraint, banned)
         # Live lists, but with guesses: a plan is executed before the next append.
         ids, counts = self._penalties(guesses) if guesses else (self._ids, self._counts)
         return RowSampling(
@@ -80,7 +120,40 @@ class RowState:
             bias_values=self._bias_values,
             banned_ids=banned,
             allowed_ids=self._allowed_ids,
+            mask=mask,
         )
+
+    def _mask(self, constraint: Constraint, banned: Sequence[int]) -> bytes:
+        mask = constraint.mask()
+        if (banned or self._allowed_bits != -1) and not int.from_bytes(mask, "little") & self._allowed_bits & ~_bits(
+            banned
+        ):
+            raise RequestError(
+                "min_tokens, bad_words and allowed_token_ids leave no token that the structured output allows",
+                param="structured_outputs",
+                reason="conflict",
+            )
+        return mask
+
+    def is_finished(self, num_output: int) -> bool:
+        """Whether the grammar leaves nothing to generate after `num_output` tokens."""
+        if self.constraint is None or not self.constraint.is_finished:
+            return False
+        if num_output < self._params.min_tokens:
+            message = f"the structured output is complete after {num_output} tokens, before min_tokens"
+            raise RequestError(message, param="min_tokens", reason="conflict")
+        return True
+
+    def forced(self, num_output: int) -> int | None:
+        """The token that follows `num_output` generated ones whatever the logits are; None where that is not known.
+
+        Also None where bans may leave none at all, or its log-probability is wanted: then a row has to say.
+        """
+        if self.constraint is None or self._bad_words or self._allowed_ids is not None:
+            return None
+        if self._params.logprobs is not None:
+            return None
+        return None if num_output < self._params.min_tokens else self.constraint.forced()
 
     def _penalties(self, guesses: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
         if not self._penalises:
@@ -114,3 +187,10 @@ class RowState:
             for word in self._bad_words
             if len(word) == 1 or (len(tail) >= len(word) - 1 and tail[1 - len(word) :] == word[:-1])
         ]
+
+
+def _bits(token_ids: Sequence[int]) -> int:
+    bits = bytearray(max(token_ids, default=0) // 8 + 1)
+    for token in token_ids:
+        bits[token >> 3] |= 1 << (token & 7)
+    return int.from_bytes(bits, "little")

@@ -16,6 +16,7 @@ class Outcome:
     """What happened to one sequence: new tokens, its end, or both."""
 
     token_ids: tuple[int, ...] = ()
+    num_drawn: int = 0  # of them, by the runner; the others were the only ones possible
     logprobs: tuple[TokenLogprob, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish_reason: FinishReason | None = None
@@ -23,8 +24,8 @@ class Outcome:
     error: Exception | None = None
 
 
-def build_rows(seq: Sequence, num_new: int, drafts: list[int]) -> tuple[LogitsRow, ...]:
-    """Rows for the next `num_new` tokens, of which the last are `drafts`.
+def build_rows(seq: Sequence, num_new: int, drafts: list[int]) -> tuple[tuple[LogitsRow, ...], int]:
+    """Rows for the next `num_new` tokens, of which the last are `drafts`; and how many of the drafts are worth a try.
 
     Prompt tokens not scored yet are scored; where the entry reaches the end of the known tokens, one token is drawn
     there and one after each draft, as if the drafts before it were accepted.
@@ -37,17 +38,20 @@ def build_rows(seq: Sequence, num_new: int, drafts: list[int]) -> tuple[LogitsRo
             target = seq.token_ids[position + 1]
             rows.append(LogitsRow(position - start, target=target, num_logprobs=params.prompt_logprobs))
     first = len(seq.token_ids) - 1 - start
-    if num_new > first:
-        for count in range(len(drafts) + 1):
-            sampling = seq.row_state.row(seq.token_ids, seq.num_prompt, drafts[:count])
-            rows.append(LogitsRow(first + count, sampling, None, params.logprobs))
-    return tuple(rows)
+    if num_new <= first:
+        return tuple(rows), 0
+    draws = seq.row_state.rows(seq.token_ids, seq.num_prompt, drafts)
+    rows += [LogitsRow(first + count, sampling, None, params.logprobs) for count, sampling in enumerate(draws)]
+    return tuple(rows), len(draws) - 1
 
 
-def take_rows(seq: Sequence, entry: PlanEntry, results: abc.Sequence[RowResult], vocab_size: int) -> Outcome:
+def take_rows(
+    seq: Sequence, entry: PlanEntry, results: abc.Sequence[RowResult], vocab_size: int, *, jump: bool = False
+) -> Outcome:
     """Advance the sequence by an executed entry. Drafts count as far as they equal what was drawn.
 
-    Raises EngineError when the results do not fit the rows.
+    With `jump`, tokens that are the only ones possible follow at once. Raises EngineError when the results do not fit
+    the rows.
     """
     if len(results) != len(entry.rows):
         raise EngineError("the runner returned a wrong number of rows")
@@ -75,8 +79,11 @@ def take_rows(seq: Sequence, entry: PlanEntry, results: abc.Sequence[RowResult],
         scored = tuple(seq.prompt_logprobs)
     # The KV of accepted drafts stays; that of rejected ones is overwritten by the tokens drawn instead.
     seq.num_computed = entry.start + num_known + max(0, len(drawn) - 1)
+    if drawn and jump and finish is None:
+        finish = seq.jump()
     return Outcome(
-        token_ids=tuple(drawn),
+        token_ids=seq.take_unreported() if drawn else (),
+        num_drawn=len(drawn),
         logprobs=tuple(logprobs) if logprobs else None,
         prompt_logprobs=scored,
         finish_reason=finish[0] if finish else None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
+from setpoint.engine.structured_outputs import StructuredOutputs
 from setpoint.errors import ContextLengthError, RequestError
 
 MAX_VOCABULARY: Final = 1 << 24  # far above any model; the real width is checked by check_vocabulary()
@@ -73,7 +74,7 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 is off (-1 is read as 0). `max_tokens` None: up to the context. Lists may be
     any sized collection; they are kept as tuples. `bad_words_token_ids` is the tokenized `bad_words`: the front end
-    fills it in.
+    fills it in. `structured_outputs` may be a mapping; it is kept as a `StructuredOutputs`.
     """
 
     n: int = 1
@@ -99,6 +100,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] = ()
     bad_words_token_ids: Sequence[Sequence[int]] = field(default=(), repr=False)
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, bound in BOUNDS.items():
@@ -111,6 +113,8 @@ class SamplingParams:
                 raise RequestError(f"{name} must be true or false.", param=name)
         if self.top_k < 0:
             object.__setattr__(self, "top_k", 0)
+        if self.structured_outputs is not None:
+            object.__setattr__(self, "structured_outputs", StructuredOutputs.of(self.structured_outputs))
         self._check_conflicts()
 
     def _check_conflicts(self) -> None:

@@ -21,10 +21,10 @@ from setpoint.engine.plan import LogitsRow, PlanEntry, RowSampling, RunnerInfo, 
 from setpoint.engine.queue_gate import QueueGate
 from setpoint.engine.request import Request
 from setpoint.engine.roster import Roster
-from setpoint.engine.rows import build_rows, take_rows
+from setpoint.engine.rows import Outcome, build_rows, take_rows
 from setpoint.engine.sequence import Sequence, SequenceStatus
 from setpoint.engine.stats import Counters, SpeculationCounters
-from setpoint.errors import ConfigError, EngineError
+from setpoint.errors import ConfigError, EngineError, OutputViolationError
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class SchedulerLimits:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_drafts: int = 0  # per sequence and step
+    jump_forward: bool = True  # tokens that a grammar forces are taken without a forward pass of their own
     max_num_queued_reqs: int = 1024
     max_num_queued_tokens: int = 1 << 20
 
@@ -246,8 +247,9 @@ class Scheduler:
             self._inject("prepare", seq)
         start = seq.num_computed
         drafts = seq.drafts[: max(0, num_new - (len(seq.token_ids) - start))] if seq.drafts else []
+        rows, num_drafts = build_rows(seq, num_new, drafts)
+        drafts = drafts[:num_drafts]
         tokens = seq.token_ids[start : start + num_new] + drafts
-        rows = build_rows(seq, num_new, drafts)
         step.add(PlanEntry(seq.seq_id, tokens, start, seq.block_tables, rows, len(drafts)))
 
     def _admit_waiting(self, step: _Step, now: float) -> None:
@@ -277,6 +279,8 @@ class Scheduler:
     def _admit(self, seq: Sequence, step: _Step, now: float) -> None:
         if self.faults is not None:
             self._inject("schedule", seq)
+        if self._jump_first(seq, now):
+            return
         hit = self.kv.match(seq)
         if self.running and not self.kv.can_admit(seq, hit, self.running):
             self._blocked = (seq.seq_id, len(self.running), tuple(pool.num_free for pool in self.kv.pools))
@@ -291,6 +295,17 @@ class Scheduler:
         if covered <= seq.num_computed:
             raise EngineError("the KV cache cannot hold this sequence")  # can_admit() and validate() exclude it
         self._plan_entry(seq, covered - seq.num_computed, step)
+
+    def _jump_first(self, seq: Sequence, now: float) -> bool:
+        """Let the tokens that a grammar begins with join the prompt; True where they are the whole output."""
+        wanted = self.limits.jump_forward and seq.row_state.constraint is not None and seq.prompt_logprobs is None
+        finish = seq.jump() if wanted and seq.first_scheduled_time is None else None
+        if finish is None:
+            return False
+        outcome = Outcome(seq.take_unreported(), finish_reason=finish[0], stop_reason=finish[1])
+        self._count_tokens(outcome)
+        self._events.append(self._roster.finish(seq, outcome, now))
+        return True
 
     def _may_retry(self, seq: Sequence) -> bool:
         """False while nothing was freed since this sequence last found no room: spares a lookup per step."""
@@ -326,6 +341,8 @@ class Scheduler:
             try:
                 event = self._commit_entry(seq, entry, result, position, now)
             except Exception as error:
+                if isinstance(error, OutputViolationError):
+                    self.counters.output_violations += 1
                 self._events += self._roster.fail(seq.owner, error, now)
             else:
                 if event is not None:
@@ -349,10 +366,10 @@ class Scheduler:
             raise computed.error
         if self.faults is not None:
             self._inject("commit", seq)
-        outcome = take_rows(seq, entry, computed.rows, self.vocab_size)
+        outcome = take_rows(seq, entry, computed.rows, self.vocab_size, jump=self.limits.jump_forward)
         seq.drafts = []
-        num_drawn = len(outcome.token_ids)
-        self.counters.generation_tokens += num_drawn
+        num_drawn = outcome.num_drawn
+        self._count_tokens(outcome)
         if entry.num_drafts:
             self._count_drafts(seq, entry.num_drafts, max(0, num_drawn - 1))
         self.kv.settle(seq)
@@ -366,6 +383,10 @@ class Scheduler:
         self.counters.speculation.count(num_drafts, num_accepted)
         if self._speculator is not None:
             self._spared(self._speculator.verified, seq, num_drafts, num_accepted)
+
+    def _count_tokens(self, outcome: Outcome) -> None:
+        self.counters.generation_tokens += len(outcome.token_ids)
+        self.counters.forced_tokens += len(outcome.token_ids) - outcome.num_drawn
 
     def check_integrity(self) -> None:
         """Raise AssertionError if an invariant is broken. For tests: walks everything."""

@@ -10,6 +10,8 @@ from setpoint.engine.events import FinishReason, TokenLogprob
 from setpoint.engine.request import Request
 from setpoint.engine.row_state import RowState
 
+MAX_JUMP = 128  # tokens that a grammar may force at once: bounds what one sequence does between two steps
+
 
 class SequenceStatus(Enum):
     WAITING = "waiting"  # holds no blocks; never ran, or was preempted
@@ -51,6 +53,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt",
         "num_published",
+        "num_reported",
         "order",
         "owner",
         "params",
@@ -75,9 +78,12 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.num_prompt = len(self.token_ids)
         self.num_computed = 0
+        self.num_reported = self.num_prompt  # of token_ids: what events have told, the prompt included
         self.max_tokens = request.params.max_tokens or max_len - self.num_prompt  # validated against max_len
         self.stop_ids = request.stop_ids
-        self.row_state = RowState(request.params, seed=seed, prompt=self.token_ids, stop_ids=self.stop_ids)
+        self.row_state = RowState(
+            request.params, seed=seed, prompt=self.token_ids, stop_ids=self.stop_ids, grammar=request.grammar
+        )
         self.drafts: list[int] = []  # to be verified in the step under way
         self.draft_states: dict[str, object] = {}  # of whoever drafts for it; the scheduler never looks inside
         self.block_tables = tuple(array("i") for _ in range(num_groups))
@@ -122,4 +128,23 @@ class Sequence:
         if token in self.stop_ids and num_output > self.params.min_tokens:
             is_eos = token in self.owner.request.eos_token_ids and not self.params.ignore_eos
             return "stop", None if is_eos else token
+        if self.row_state.is_finished(num_output):
+            return "stop", None
         return ("length", None) if num_output >= self.max_tokens else None
+
+    def jump(self) -> tuple[FinishReason, int | None] | None:
+        """Append the tokens that are the only ones possible, as drawing them one by one would; returns as `append`."""
+        for _ in range(MAX_JUMP):
+            token = self.row_state.forced(self.num_output)
+            if token is None:
+                break
+            finish = self.append(token)
+            if finish is not None:
+                return finish
+        return None
+
+    def take_unreported(self) -> tuple[int, ...]:
+        """The generated tokens that no event has told yet."""
+        tokens = tuple(self.token_ids[self.num_reported :])
+        self.num_reported += len(tokens)
+        return tokens

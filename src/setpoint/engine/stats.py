@@ -60,6 +60,8 @@ class Counters:
     prompt_tokens: int = 0  # of admitted requests, each prompt once
     prompt_tokens_cached: int = 0
     generation_tokens: int = 0
+    forced_tokens: int = 0  # of these, the only ones that a grammar allowed: no forward pass drew them
+    output_violations: int = 0  # tokens drawn against a grammar; must be 0
     preemptions: int = 0
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error"), 0))
     aborted_by_state: dict[str, int] = field(  # requests

@@ -1,0 +1,186 @@
+"""What shape a client wants its output in: `StructuredOutputs`, and the bounds of every field of it, stated once.
+
+Like `SamplingParams`, a plain frozen record that every front end builds, with the same checks and messages. Whether a
+schema, expression or grammar can be honoured is found out by whoever compiles it (`setpoint.grammar`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from setpoint.errors import RequestError
+
+MAX_SCHEMA_BYTES: Final = 256 << 10
+MAX_SCHEMA_PROPERTIES: Final = 5_000
+MAX_SCHEMA_DEPTH: Final = 64
+MAX_REGEX_CHARS: Final = 8 << 10
+MAX_GRAMMAR_CHARS: Final = 64 << 10
+MAX_CHOICES: Final = 1_024
+MAX_CHOICE_CHARS: Final = 4_096
+MAX_CHOICES_CHARS: Final = 64 << 10  # of all together
+MAX_WHITESPACE_CHARS: Final = 256
+KINDS: Final = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+_JSON_ONLY: Final = ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties")
+_PROPERTIES: Final = frozenset({"properties", "patternProperties"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputs:
+    """Exactly one of the first six; the others say more about JSON. `json` is kept as text, in its own order of keys.
+
+    `param` is the field that a client wrote it in, for errors about it.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Collection[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Any = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+    param: str = "structured_outputs"
+
+    def __post_init__(self) -> None:
+        kinds = [name for name in KINDS if getattr(self, name) is not None and getattr(self, name) is not False]
+        if len(kinds) != 1:
+            message = f"needs exactly one of {', '.join(KINDS)}, got {' and '.join(kinds) or 'none'}"
+            raise self._error("", message, "conflict" if kinds else "bad_constraint")
+        self._check_options(kinds[0])
+        match kinds[0]:
+            case "json":
+                object.__setattr__(self, "json", self._checked_schema(self.json))
+            case "regex":
+                self._check_text("regex", self.regex, MAX_REGEX_CHARS)
+            case "grammar":
+                self._check_text("grammar", self.grammar, MAX_GRAMMAR_CHARS)
+            case "choice":
+                object.__setattr__(self, "choice", self._checked_choices(self.choice))
+            case "json_object":
+                if self.json_object is not True:
+                    raise self._error("json_object", "must be true")
+            case _:
+                raise self._error("structural_tag", "is a feature that is not there yet", "not_supported")
+
+    @classmethod
+    def of(cls, value: Any, param: str = "structured_outputs") -> StructuredOutputs:
+        """From the mapping that a client wrote, or the record itself."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise RequestError(f"{param} must be an object.", param=param)
+        names = {field.name for field in fields(cls)} - {"param"}
+        for name in value:
+            if name not in names:
+                where = f"{param}.{str(name)[:64]}"
+                raise RequestError(f"{where} is not a field of {param}.", param=where, reason="unknown_field")
+        return cls(**value, param=param)
+
+    @property
+    def kind(self) -> str:
+        return next(name for name in KINDS if getattr(self, name))
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for two that mean the same."""
+        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "param")
+
+    def error(self, message: str, reason: str = "bad_constraint") -> RequestError:
+        """An error about what the client wrote."""
+        return self._error(self.kind, message, reason)
+
+    def _error(self, name: str, message: str, reason: str = "bad_constraint") -> RequestError:
+        where = self.param if not name or self.param != "structured_outputs" else f"structured_outputs.{name}"
+        return RequestError(f"{where} {message}.", param=where, reason=reason)
+
+    def _check_options(self, kind: str) -> None:
+        for name in _JSON_ONLY:
+            value = getattr(self, name)
+            if value is None or value is False:
+                continue
+            if kind not in ("json", "json_object"):
+                raise self._error(name, "needs json or json_object", "conflict")
+            if name == "whitespace_pattern":
+                self._check_text(name, value, MAX_WHITESPACE_CHARS)
+            elif value is not True:
+                raise self._error(name, "must be true or false", "malformed")
+        if self.whitespace_pattern is not None and self.disable_any_whitespace:
+            raise self._error("whitespace_pattern", "does not go with disable_any_whitespace", "conflict")
+
+    def _check_text(self, name: str, value: Any, limit: int) -> None:
+        if not isinstance(value, str):
+            raise self._error(name, "must be a string", "malformed")
+        if not (value if name == "whitespace_pattern" else value.strip()):
+            raise self._error(name, "is empty")
+        if len(value) > limit:
+            raise self._error(name, f"has {len(value)} characters, at most {limit} are allowed", "out_of_range")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise self._error(name, "is not valid Unicode: it holds half of a surrogate pair") from None
+
+    def _checked_choices(self, value: Any) -> tuple[str, ...]:
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
+            raise self._error("choice", "must be a list of strings", "malformed")
+        if not 1 <= len(value) <= MAX_CHOICES:
+            raise self._error("choice", f"must hold 1 to {MAX_CHOICES} strings, got {len(value)}", "out_of_range")
+        for text in value:
+            self._check_text("choice", text, MAX_CHOICE_CHARS)
+        if sum(map(len, value)) > MAX_CHOICES_CHARS:
+            raise self._error("choice", f"holds more than {MAX_CHOICES_CHARS} characters", "out_of_range")
+        return tuple(dict.fromkeys(value))
+
+    def _checked_schema(self, value: Any) -> str:
+        """The schema as text, within the limits. Text is parsed by the same rules as a request's body."""
+        try:
+            if isinstance(value, str):
+                if len(value) > MAX_SCHEMA_BYTES:
+                    raise self._error("json", f"exceeds {MAX_SCHEMA_BYTES} bytes", "out_of_range")
+                value = json.loads(value, parse_constant=_refuse_constant)
+            text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+            size = len(text.encode())
+        except RecursionError:
+            raise self._error("json", f"is nested deeper than {MAX_SCHEMA_DEPTH}", "compile_limit") from None
+        except (TypeError, ValueError):
+            raise self._error("json", "is not a JSON schema in valid Unicode") from None
+        if size > MAX_SCHEMA_BYTES:
+            raise self._error("json", f"has {size} bytes, at most {MAX_SCHEMA_BYTES} are allowed", "out_of_range")
+        if not isinstance(value, Mapping):
+            raise self._error("json", "must be an object", "malformed")
+        if not value:
+            raise self._error("json", "is empty, which allows anything; json_object asks for any object")
+        self._check_shape(value)
+        return text
+
+    def _check_shape(self, schema: Mapping[str, Any]) -> None:
+        num_properties = 0
+        for depth, node in _nodes(schema):
+            if depth > MAX_SCHEMA_DEPTH:
+                raise self._error("json", f"is nested deeper than {MAX_SCHEMA_DEPTH}", "compile_limit")
+            if isinstance(node, Mapping):
+                num_properties += sum(len(node[name]) for name in _PROPERTIES if isinstance(node.get(name), Mapping))
+        if num_properties > MAX_SCHEMA_PROPERTIES:
+            message = f"has {num_properties} properties, at most {MAX_SCHEMA_PROPERTIES} are allowed"
+            raise self._error("json", message, "out_of_range")
+        if "x-guidance" in schema:
+            raise self._error("json", "x-guidance is not accepted; use the fields of structured_outputs")
+
+
+def _nodes(schema: Any) -> Iterator[tuple[int, Any]]:
+    """Every object and list of the schema, with its depth; stops at the first one that is too deep."""
+    left = [(1, schema)]
+    while left:
+        depth, node = left.pop()
+        yield depth, node
+        if depth > MAX_SCHEMA_DEPTH:
+            return
+        children = node.values() if isinstance(node, Mapping) else node
+        left += [(depth + 1, child) for child in children if isinstance(child, Mapping | list | tuple)]
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
