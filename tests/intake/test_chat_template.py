@@ -285,7 +285,7 @@ def test_a_process_that_dies_while_idle_is_replaced() -> None:
     sandbox = TemplateSandbox()
     chat = template(CHATML, sandbox)
     expected = chat.render(HI)
-    for process in sandbox._idle:
+    for process in sandbox._pool.idle:
         os.kill(process.pid, signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert chat.render(HI) == expected

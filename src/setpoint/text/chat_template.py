@@ -13,7 +13,8 @@ from threading import Lock
 from typing import Any
 
 from setpoint.errors import EngineError, ModelError, ModelFileError, RequestError
-from setpoint.text.sandbox import SandboxDiedError, SandboxStartError, TemplateSandbox
+from setpoint.text.processes import SandboxDiedError, SandboxStartError
+from setpoint.text.sandbox import TemplateSandbox
 
 MAX_TEMPLATE_CHARS = 1 << 20
 OUTPUT_PER_INPUT = 4

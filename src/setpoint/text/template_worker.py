@@ -4,22 +4,18 @@ A template comes from a model file, so it is not trusted. Jinja's sandbox keeps 
 process bounds the rest, which no sandbox inside an interpreter can: processor time (also inside one long C call),
 memory, and, should the sandbox have a hole, what it could reach: no environment, no files, no child processes.
 
-It first says {"ready": true}. Each frame, in and out, is a big-endian length of 4 bytes and that much JSON. Requests:
+Requests (`worker.py` says how they come):
     {"compile": key, "source": text, "limit_s": seconds}
     {"render": key, "variables": {...}, "max_chars": count, "limit_s": seconds}
 Answers: {"variables": [names], "content": form}, {"text": text} or {"error": kind, "message": text}.
-Only the standard library and jinja2 are imported here.
+Only the standard library, `worker.py` and jinja2 are imported here.
 """
 
 from __future__ import annotations
 
 import json
-import resource
-import signal
-import sys
-from collections.abc import Iterator
 from datetime import datetime
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import jinja2.debug  # loaded now: once confined, no file can be opened
 import jinja2.ext
@@ -28,7 +24,8 @@ import jinja2.sandbox
 from jinja2 import Template, TemplateError, nodes
 from jinja2.parser import Parser
 
-MEMORY_BYTES = 256 << 20  # on top of what the idle process uses
+from setpoint.text.worker import confine, serve, with_limit
+
 MAX_TEMPLATES = 8
 GLOBALS = ("range", "dict", "namespace")  # of Jinja's own; `lipsum`, `cycler` and `joiner` serve web pages
 OTHER_FILES = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
@@ -153,21 +150,6 @@ class Renderer:
         return {"text": "".join(chunks)}
 
 
-def with_limit(limit_s: float) -> None:
-    """End this process after that much more processor time; 0 lifts the limit."""
-    signal.setitimer(signal.ITIMER_PROF, limit_s)  # the signal's default action needs no interpreter to run it
-
-
-def confine() -> None:
-    """Give up what rendering does not need."""
-    if sys.platform == "linux":
-        with open("/proc/self/statm") as file:
-            used = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES,) * 2)
-    for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_CORE):
-        resource.setrlimit(limit, (0, 0))
-
-
 def warm_up(renderer: Renderer) -> None:
     """Make Python load what it loads at first use; afterwards it cannot open files."""
     source = "{% for m in messages %}{{ 'a\\n' + m.content | tojson }}{% break %}{% endfor %}{{ strftime_now('%b') }}"
@@ -176,30 +158,11 @@ def warm_up(renderer: Renderer) -> None:
         renderer.answer({"render": "", "variables": {"messages": [{"content": "é"}]}, "max_chars": 99, "limit_s": 0.0})
 
 
-def frames(stream: BinaryIO) -> Iterator[dict[str, Any]]:
-    while len(header := stream.read(4)) == 4:
-        yield json.loads(stream.read(int.from_bytes(header, "big")))
-
-
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server; we end when our input does
     renderer = Renderer()
     warm_up(renderer)
     confine()
-    send({"ready": True})
-    for request in frames(sys.stdin.buffer):
-        try:
-            send(renderer.answer(request))
-        except UnicodeEncodeError:
-            send({"error": "failed", "message": "UnicodeEncodeError"})
-        except MemoryError:
-            send({"error": "memory", "message": ""})
-
-
-def send(answer: dict[str, Any]) -> None:
-    content = json.dumps(answer, ensure_ascii=False).encode("utf-8")
-    sys.stdout.buffer.write(len(content).to_bytes(4, "big") + content)
-    sys.stdout.buffer.flush()
+    serve(renderer.answer)
 
 
 if __name__ == "__main__":
