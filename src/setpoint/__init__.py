@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from setpoint.config import EngineConfig as EngineConfig
     from setpoint.engine.engine import Engine as Engine
     from setpoint.engine.sampling import SamplingParams as SamplingParams
+    from setpoint.engine.structured_outputs import StructuredOutputs as StructuredOutputs
     from setpoint.llm import LLM as LLM
     from setpoint.llm import CompletionOutput as CompletionOutput
     from setpoint.llm import RequestOutput as RequestOutput
@@ -24,6 +25,7 @@ _HOMES = {
     "RequestOutput": "setpoint.llm",
     "CompletionOutput": "setpoint.llm",
     "SamplingParams": "setpoint.engine.sampling",
+    "StructuredOutputs": "setpoint.engine.structured_outputs",
     "Engine": "setpoint.engine.engine",
     "EngineConfig": "setpoint.config",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "EngineConfig",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "__version__",
     "errors",
 ]

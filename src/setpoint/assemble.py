@@ -27,13 +27,15 @@ from setpoint.engine.speculation.prompt_lookup import PromptLookup
 from setpoint.engine.speculation.speculator import Speculator
 from setpoint.engine.speculation.suffix import CorpusSuffix, SessionSuffix
 from setpoint.errors import ConfigError, ModelError, RequestError
+from setpoint.grammar.compiler import GrammarCompiler
 from setpoint.loaders.checkpoint import Checkpoint, open_checkpoint
 from setpoint.loaders.download import Progress, silent
 from setpoint.loaders.hub import resolve_model
 from setpoint.models import build_model
 from setpoint.models.spec import Model
 from setpoint.text.chat_template import ChatTemplate
-from setpoint.text.sandbox import SandboxStartError, TemplateSandbox
+from setpoint.text.processes import SandboxStartError
+from setpoint.text.sandbox import TemplateSandbox
 from setpoint.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class Assembly:
     engine: Engine
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
+    grammars: GrammarCompiler
     model: Model
     config: EngineConfig
     reasons: list[Reason]
@@ -222,6 +225,7 @@ def _build_engine(
         engine=Engine(scheduler, runner, deliver),
         tokenizer=tokenizer,
         chat_template=chat_template,
+        grammars=GrammarCompiler(tokenizer, runner.info.vocab_size),
         model=opened.model,
         config=resolved,
         reasons=reasons,

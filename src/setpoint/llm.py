@@ -21,6 +21,7 @@ from setpoint.config import EngineConfig
 from setpoint.engine.events import Event, TokenLogprob
 from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
+from setpoint.engine.structured_outputs import StructuredOutputs
 from setpoint.errors import ConfigError, EngineError, QueueFullError, RequestError
 from setpoint.loaders.download import Progress, silent
 from setpoint.text.spellings import spellings
@@ -112,7 +113,7 @@ class _Collector:
         params, final = self.request.params, event.finish_reason is not None
         accepted, stop, text = len(event.token_ids), None, ""
         if params.detokenize:
-            ended = event.finish_reason == "stop"
+            ended = event.finish_reason == "stop" and not event.is_complete
             delta = self.streams[event.index].push(event.token_ids, final=final, ended=ended)
             text, stop = delta.text, delta.stop
             accepted = accepted if stop is None else delta.num_tokens
@@ -279,11 +280,13 @@ class LLM:
             raise RequestError("the prompt is empty", param="prompt")
         if params.bad_words:
             params = replace(params, bad_words_token_ids=spellings(tokenizer, params.bad_words))
+        wanted = params.structured_outputs
         request = Request(
             f"llm-{next(self._ids)}",
             prompt,
             params.resolve(limits.max_model_len, len(prompt)),
             eos_token_ids=tokenizer.eos_token_ids,
+            grammar=None if wanted is None else self._assembly.grammars.compile(StructuredOutputs.of(wanted)),
         )
         request.validate(vocab_size=limits.vocab_size, max_model_len=limits.max_model_len)
         return request

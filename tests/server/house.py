@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from setpoint.engine.engine import Engine
 from setpoint.engine.plan import Runner
 from setpoint.engine.scheduler import DraftPlanner, Scheduler, SchedulerLimits
+from setpoint.grammar.compiler import GrammarCompiler
 from setpoint.runtime.fake import FakeRunner, fake_info
 from setpoint.server.auth import KeyRing
 from setpoint.server.context import ServerContext, ServerSettings
@@ -77,6 +78,7 @@ def make_tokenizer() -> Any:
 
 
 TOKENIZER = make_tokenizer()
+GRAMMARS = GrammarCompiler(TOKENIZER, VOCAB_SIZE)  # starts its process when the first grammar comes
 
 
 class House:
@@ -108,6 +110,7 @@ class House:
             router=self.router,
             tokenizer=tokenizer,
             chat_template=ChatTemplate(template, bos_token="<s>", eos_token="</s>") if template else None,
+            grammars=GRAMMARS,
             model_names=(MODEL, "tiny-alias"),
             max_model_len=MAX_MODEL_LEN,
             settings=replace(ServerSettings(), **settings),

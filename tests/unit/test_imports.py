@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "setpoint"
-EVERYTHING = {"config", "engine", "errors", "loaders", "models", "quant", "runtime", "text"}
+EVERYTHING = {"config", "engine", "errors", "grammar", "loaders", "models", "quant", "runtime", "text"}
 ALLOWED = {  # package -> the packages of ours it may import, besides itself
     "__init__": {"llm", "engine", "config", "errors"},
     "errors": set(),
@@ -20,11 +20,12 @@ ALLOWED = {  # package -> the packages of ours it may import, besides itself
     "models": {"errors"},
     "quant": set(),
     "text": {"errors", "_native"},
+    "grammar": {"engine", "text", "errors"},
     "loaders": {"errors", "quant", "text", "_native"},
     "runtime": {"models", "loaders", "quant", "engine", "errors", "_native"},
     "assemble": EVERYTHING,
     "llm": {"assemble", "config", "engine", "errors", "loaders", "text"},
-    "server": {"engine", "text", "config", "errors"},
+    "server": {"engine", "text", "grammar", "config", "errors"},
     "tune": {"engine", "runtime", "config", "errors", "_native"},
     "cli": EVERYTHING | {"assemble", "server", "tune", "llm", "_native", "__init__"},
 }
@@ -92,7 +93,7 @@ def test_no_dynamic_code_and_one_reader_of_the_environment(path: Path) -> None:
 
 def test_import_setpoint_is_light() -> None:
     """`import setpoint` loads none of the heavy packages, and `--help` not even typer."""
-    heavy = {"torch", "ray", "fastapi", "transformers", "numpy", "typer", "rich", "jinja2", "tokenizers"}
+    heavy = {"torch", "ray", "fastapi", "transformers", "numpy", "typer", "rich", "jinja2", "tokenizers", "llguidance"}
     code = (
         "import sys; import setpoint, setpoint.cli.main as main; main.main(['--help']);"
         f"print(sorted({heavy!r} & set(sys.modules)))"

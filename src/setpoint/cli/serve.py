@@ -58,6 +58,7 @@ def serve(
             router=router,
             tokenizer=assembly.tokenizer,
             chat_template=assembly.chat_template,
+            grammars=assembly.grammars,
             model_names=(name,),
             max_model_len=assembly.engine.limits.max_model_len,
             settings=ServerSettings(

@@ -21,6 +21,7 @@ class Admission:
     def __init__(self, context: ServerContext) -> None:
         self._context = context
         self._pool = ThreadPoolExecutor(context.settings.num_workers, thread_name_prefix="setpoint-text")
+        self._slow_pool = ThreadPoolExecutor(context.settings.num_workers, thread_name_prefix="setpoint-grammar")
         self._num_inside = 0
         self._generations: set[Generation] = set()
 
@@ -50,6 +51,10 @@ class Admission:
     async def run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
+    async def run_slow(self, work: Callable[[], T]) -> T:
+        """For work that may wait for seconds: nobody's text work stands behind it."""
+        return await asyncio.get_running_loop().run_in_executor(self._slow_pool, work)
+
     def add(self, generation: Generation) -> None:
         self._generations.add(generation)
 
@@ -65,7 +70,8 @@ class Admission:
             generation.fail(error)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._slow_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def draining(context: ServerContext) -> ApiError:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from setpoint.engine.engine import Engine
+from setpoint.grammar.compiler import GrammarCompiler
 from setpoint.server.auth import KeyRing
 from setpoint.server.events import EventRouter
 from setpoint.server.logs import EventLog
@@ -60,6 +61,7 @@ class ServerContext:
     clock: Callable[[], float] = time.monotonic
     version: str = "0.1.0"
     created: int = field(default_factory=lambda: int(time.time()))
+    grammars: GrammarCompiler | None = None  # None: no structured output
     cache_info: Mapping[str, str] = field(default_factory=dict)  # labels of vllm:cache_config_info
     server_info: Mapping[str, object] = field(default_factory=dict)  # more fields for /server_info
     started: bool = False  # set when the app has started up

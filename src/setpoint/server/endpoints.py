@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from setpoint.engine.structured_outputs import StructuredOutputs
 from setpoint.errors import RequestError
 from setpoint.server.admission import Admission
 from setpoint.server.context import ServerContext
@@ -29,6 +31,7 @@ from setpoint.server.openai import (
 )
 from setpoint.server.prepare import check_model, prepare_chat, prepare_completion, render, tokenise_text
 from setpoint.server.stream import EventStream, Finish, JsonAnswer
+from setpoint.server.structure import compile_structure
 
 WireT = TypeVar("WireT", bound=Wire)
 BodyT = TypeVar("BodyT", bound=GenerationFields)
@@ -67,6 +70,14 @@ class Endpoints:
             if body.request_id is not None:
                 request.scope["setpoint.record"].request_id = body.request_id
             job = await self._admission.run(lambda: prepare(context, body, tenant))
+            wanted = job.prompts[0].params.structured_outputs
+            if wanted is not None:
+                job = replace(
+                    job,
+                    grammar=await self._admission.run_slow(
+                        lambda: compile_structure(context, StructuredOutputs.of(wanted))
+                    ),
+                )
             self._admission.check_open()
             generation = Generation(context, job)
             form = form_type(context, generation)

@@ -14,7 +14,18 @@ from typing import Any, Final, TypeVar
 from pydantic import ValidationError
 
 from setpoint.server.errors import ApiError
-from setpoint.server.openai import ChatRequest, CompletionRequest, Document, Message, StreamOptions, TextPart, Wire
+from setpoint.server.openai import (
+    ChatRequest,
+    CompletionRequest,
+    Document,
+    JsonSchemaFormat,
+    Message,
+    ResponseFormat,
+    StreamOptions,
+    StructuredOutputsFields,
+    TextPart,
+    Wire,
+)
 
 ALIASES: Final = {"rid": "request_id", "extra_key": "cache_salt"}
 # `user` and `session_id` are labels that nothing uses yet; the answer says so.
@@ -25,16 +36,7 @@ UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "tools": ([],),
     "functions": ([],),
     "function_call": ("none",),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "guided_decoding_backend": (),
-    "guided_whitespace_pattern": (),
-    "regex": (),
-    "ebnf": (),
-    "json_schema": (),
     "logprob_token_ids": ([],),
     "suffix": ("",),
     "use_beam_search": (False,),
@@ -66,6 +68,7 @@ FORBIDDEN: Final = {
 # Names that official clients add to messages they send back, and what they hold when nothing is meant.
 _MESSAGE_EXTRAS: Final = ("refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id")
 _PART_TYPES: Final = ("image_url", "input_audio", "audio_url", "video_url", "file", "input_image", "refusal")
+_NESTED: Final = (Message, TextPart, StreamOptions, Document, ResponseFormat, JsonSchemaFormat, StructuredOutputsFields)
 
 WireT = TypeVar("WireT", bound=Wire)
 
@@ -100,9 +103,11 @@ def _refuse_features(payload: dict[str, Any], wire_type: type[Wire]) -> None:
                 raise _not_supported(name)
             del payload[name]
     if "response_format" in wire_type.model_fields:
-        kind = payload.get("response_format")
-        if isinstance(kind, dict) and kind.get("type") in ("json_object", "json_schema", "structural_tag"):
-            raise _not_supported("response_format")
+        kind, outputs = payload.get("response_format"), payload.get("structured_outputs")
+        if isinstance(kind, dict) and kind.get("type") == "structural_tag":
+            raise _not_supported("response_format.type")
+        if isinstance(outputs, dict) and outputs.get("structural_tag") is not None:
+            raise _not_supported("structured_outputs.structural_tag")
     if wire_type is ChatRequest:
         effort, choice = payload.get("reasoning_effort"), payload.get("tool_choice")
         if effort in ("minimal", "low", "medium", "high", "xhigh", "max"):
@@ -165,8 +170,8 @@ def _wire_error(error: ValidationError, payload: dict[str, Any], wire_type: type
 
 
 def _known_names(wire_type: type[Wire]) -> list[str]:
-    nested = (Message, TextPart, StreamOptions, Document) if wire_type in (ChatRequest, CompletionRequest) else ()
-    names = {name for kind in (wire_type, *nested) for name in kind.model_fields}
+    nested = _NESTED if wire_type in (ChatRequest, CompletionRequest) else ()
+    names = {field.alias or name for kind in (wire_type, *nested) for name, field in kind.model_fields.items()}
     return sorted(names | set(UNSUPPORTED) | IGNORED)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from setpoint.engine.constraint import Grammar
 from setpoint.engine.events import Event, TokenLogprob
 from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
@@ -44,6 +45,7 @@ class Job:
     tokens_as_ids: bool = False
     echo: bool = False
     continues_text: bool = False  # the output goes on from the prompt, its leading space included
+    grammar: Grammar | None = None  # of the prompts' structured_outputs
 
     @property
     def n(self) -> int:
@@ -139,6 +141,7 @@ class Generation:
                         cache_salt=job.cache_salt,
                         tenant=job.tenant,
                         eos_token_ids=context.tokenizer.eos_token_ids,
+                        grammar=job.grammar,
                     )
                 )
         except BaseException:
@@ -199,7 +202,8 @@ class Generation:
     def _piece(self, index: int, choice: _Choice, event: Event) -> Piece:
         token_ids, reason = event.token_ids, event.finish_reason
         stop_reason: str | int | None = event.stop_reason
-        delta = choice.stream.push(token_ids, final=reason is not None, ended=reason == "stop")
+        ended = reason == "stop" and not event.is_complete
+        delta = choice.stream.push(token_ids, final=reason is not None, ended=ended)
         if delta.stop is not None:
             token_ids = token_ids[: delta.num_tokens]
             if reason is None:

@@ -177,6 +177,8 @@ class _EngineCollector(Collector):
             ("vllm:prompt_tokens", "Prompt tokens of admitted requests.", totals.prompt_tokens),
             ("vllm:prompt_tokens_cached", "Of these, cached.", totals.prompt_tokens_cached),
             ("vllm:generation_tokens", "Tokens generated.", totals.generation_tokens),
+            ("setpoint_forced_tokens", "Of these, the only ones that a grammar allowed.", totals.forced_tokens),
+            ("setpoint_output_violations", "Outputs that broke their grammar; must be 0.", totals.output_violations),
         ):
             yield self._family(CounterMetricFamily, name, text, value)
         if totals.speculation.methods:

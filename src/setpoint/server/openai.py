@@ -12,6 +12,15 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from setpoint.engine.sampling import BOUNDS
+from setpoint.engine.structured_outputs import (
+    MAX_CHOICE_CHARS,
+    MAX_CHOICES,
+    MAX_GRAMMAR_CHARS,
+    MAX_REGEX_CHARS,
+    MAX_SCHEMA_BYTES,
+    MAX_SCHEMA_PROPERTIES,
+    MAX_WHITESPACE_CHARS,
+)
 
 MAX_TEXT: Final = 16 << 20  # characters; the body limit in bytes is the tighter one
 MAX_TOKENS: Final = 1 << 25  # static end of every list of tokens; the model's context is checked later
@@ -49,6 +58,37 @@ class StreamOptions(Wire):
     continuous_usage_stats: bool | None = None
 
 
+Schema = Annotated[dict[str, Any], Field(max_length=MAX_SCHEMA_PROPERTIES)]
+SchemaText = Annotated[str, Field(max_length=MAX_SCHEMA_BYTES)]
+Regex = Annotated[str, Field(max_length=MAX_REGEX_CHARS)]
+Grammar = Annotated[str, Field(max_length=MAX_GRAMMAR_CHARS)]
+Whitespace = Annotated[str, Field(max_length=MAX_WHITESPACE_CHARS)]
+Choices = Annotated[list[Annotated[str, Field(max_length=MAX_CHOICE_CHARS)]], Field(max_length=MAX_CHOICES)]
+
+
+class JsonSchemaFormat(Wire):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: Annotated[str, Field(max_length=MAX_SCHEMA_BYTES)] | None = None
+    schema_: Schema = Field(alias="schema")
+    strict: bool | None = None  # it is, either way
+
+
+class ResponseFormat(Wire):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputsFields(Wire):
+    json_: Schema | SchemaText | None = Field(None, alias="json")
+    regex: Regex | None = None
+    choice: Choices | None = None
+    grammar: Grammar | None = None
+    json_object: bool | None = None
+    whitespace_pattern: Whitespace | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
+
+
 class ModelField(Wire):
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
@@ -79,6 +119,16 @@ class GenerationFields(ModelField):
         | None
     ) = None
     prompt_logprobs: Annotated[int, _bounded("prompt_logprobs")] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputsFields | None = None
+    guided_json: Schema | SchemaText | None = None  # names of the same in other servers, from here
+    guided_regex: Regex | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Grammar | None = None
+    guided_whitespace_pattern: Whitespace | None = None
+    regex: Regex | None = None
+    ebnf: Grammar | None = None
+    json_schema: SchemaText | None = None  # to here
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stream_interval: Annotated[int, Field(ge=1, le=64)] | None = None
@@ -125,10 +175,6 @@ class Document(Wire):
     text: Text
 
 
-class ResponseFormat(Wire):
-    type: Literal["text"]
-
-
 TemplateKey = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 TemplateValue = (
     bool
@@ -157,7 +203,6 @@ class ChatRequest(GenerationFields, TemplateFields):
     max_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: LogprobCount | None = None
-    response_format: ResponseFormat | None = None
     tool_choice: Literal["none"] | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: Literal[True] | None = None

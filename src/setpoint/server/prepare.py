@@ -18,6 +18,7 @@ from setpoint.server.context import ServerContext
 from setpoint.server.errors import ApiError
 from setpoint.server.generation import Job, Prompt
 from setpoint.server.openai import ChatRequest, CompletionRequest, GenerationFields, Message, TemplateFields
+from setpoint.server.structure import wanted_structure
 from setpoint.text.spellings import spellings
 
 _SAMPLING: Final = (
@@ -163,6 +164,7 @@ def _sampling(
     if body.logit_bias is not None:
         given["logit_bias"] = {int(token_id): value for token_id, value in body.logit_bias.items()}
     given["bad_words_token_ids"] = spellings(context.tokenizer, body.bad_words or ())
+    given["structured_outputs"] = wanted_structure(body)
     params = SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
     vocab_size = context.engine.limits.vocab_size
     if len(body.allowed_token_ids or ()) > vocab_size:
