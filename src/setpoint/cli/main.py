@@ -24,6 +24,7 @@ COMMANDS = {  # name -> (module, what it does)
     "generate": ("setpoint.cli.generate", "Complete a text: result on stdout, statistics on stderr."),
     "bench": ("setpoint.cli.bench", "Measure the engine on this machine."),
     "probe": ("setpoint.cli.probe", "Measure what this machine can do at most."),
+    "trace": ("setpoint.cli.trace", "Make, import, describe, cut and scale traces of requests."),
     "inspect": ("setpoint.cli.inspect", "Show a model, this machine, or every knob."),
     "models": ("setpoint.cli.models", "List, pull, locate and remove models."),
 }
