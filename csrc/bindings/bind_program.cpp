@@ -136,6 +136,24 @@ nb::ndarray<nb::numpy, const uint8_t> outputs(nb::handle_t<Program> self) {
   return nb::ndarray<nb::numpy, const uint8_t>(reinterpret_cast<const uint8_t*>(program.outputs()), {rows, sizeof(RowOutput)}, self);
 }
 
+nb::bytes read_kv(Program& program, int group, int block) {
+  const size_t size = program.kv_block_bytes(group);
+  PyObject* made = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size));
+  if (made == nullptr) throw nb::python_error();
+  nb::bytes record = nb::steal<nb::bytes>(made);
+  uint8_t* out = reinterpret_cast<uint8_t*>(PyBytes_AS_STRING(made));
+  const ReleasedGil released;
+  program.read_kv(group, block, out, size);
+  return record;
+}
+
+void write_kv(Program& program, int group, int block, const nb::bytes& record) {
+  const uint8_t* in = reinterpret_cast<const uint8_t*>(record.c_str());
+  const size_t size = record.size();
+  const ReleasedGil released;
+  program.write_kv(group, block, in, size);
+}
+
 nb::dict seconds(const Program& program) {
   static const char* const names[kStageKinds] = {"rows", "matmul", "attention", "head"};
   nb::dict result;
@@ -225,6 +243,7 @@ void bind_program(nb::module_& m) {
   m.def("num_cpus", &num_cpus, "CPUs that this process may run on.");
   m.attr("ROW_RECORD_BYTES") = sizeof(RowRecord);
   m.attr("ROW_OUTPUT_BYTES") = sizeof(RowOutput);
+  m.attr("NUMERIC_VERSION") = kNumericVersion;
 
   m.def("rehearse_team_size", &rehearse_team_size, "threads"_a, "stalled"_a,
         "Sizes of a team after each of some runs of a second that stalled so many seconds; for tests.");
@@ -311,6 +330,9 @@ void bind_program(nb::module_& m) {
       .def_prop_ro("last_team", &Program::last_team, "Threads that worked at the end of the last step.")
       .def_prop_ro("kv_bytes", &Program::kv_bytes)
       .def("commit_kv", &Program::commit_kv, nb::call_guard<nb::gil_scoped_release>(), "Readies the memory of the first blocks.")
+      .def("kv_block_bytes", &Program::kv_block_bytes, "group"_a)
+      .def("read_kv", &read_kv, "group"_a, "block"_a, "What a KV block holds, as bytes that write_kv takes back.")
+      .def("write_kv", &write_kv, "group"_a, "block"_a, "record"_a)
       .def_prop_ro("slot_bytes", &Program::slot_bytes, "What a step works in, as far as that grows with the largest step.");
 }
 

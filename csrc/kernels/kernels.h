@@ -15,6 +15,9 @@
 
 namespace setpoint {
 
+// Changes with everything here that changes a bit of a result: saved keys and values of another version are not read.
+constexpr int kNumericVersion = 1;
+
 // ---------------------------------------------------------------------------------------------- quantized matmul
 // Packed weight: N output channels in panels of 16 (zero padded), K inputs.
 //   f32/f16/bf16 : data[panel][k][16 channels]

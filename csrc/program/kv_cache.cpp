@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <new>
 #include <stdexcept>
@@ -128,6 +129,44 @@ size_t KvCache::bytes() const {
   size_t total = 0;
   for (const Pool& pool : pools_) total += pool.memory.size();
   return total;
+}
+
+size_t KvCache::block_bytes(int group) const {
+  if (group < 0 || static_cast<size_t>(group) >= groups_.size()) throw std::invalid_argument("no such KV group");
+  return pools_[static_cast<size_t>(group)].span_bytes / kSpanBlocks;
+}
+
+void KvCache::check_block(int group, int block, size_t size) const {
+  if (size != block_bytes(group)) throw std::invalid_argument("a KV block of another size");
+  if (block < 0 || block >= groups_[static_cast<size_t>(group)].num_blocks) throw std::invalid_argument("no such KV block");
+  if (pools_[static_cast<size_t>(group)].memory.size() == 0) throw std::invalid_argument("the KV cache has no memory yet");
+}
+
+void KvCache::read_block(int group, int block, uint8_t* out, size_t size) const {
+  check_block(group, block, size);
+  for (const Layer& layer : layers_) {
+    if (layer.group != group) continue;
+    const size_t bytes = kv_span_bytes(format_, layer.view.kv_heads, layer.view.head_dim) / kSpanBlocks;
+    const size_t at = page_offset(layer.view, block, 0);
+    for (const uint8_t* pages : {layer.view.k, layer.view.v}) {
+      std::memcpy(out, pages + at, bytes);
+      out += bytes;
+    }
+  }
+}
+
+void KvCache::write_block(int group, int block, const uint8_t* in, size_t size) {
+  check_block(group, block, size);
+  note_use(group, block);
+  for (const Layer& layer : layers_) {
+    if (layer.group != group) continue;
+    const size_t bytes = kv_span_bytes(format_, layer.view.kv_heads, layer.view.head_dim) / kSpanBlocks;
+    const size_t at = page_offset(layer.view, block, 0);
+    for (uint8_t* pages : {layer.view.k, layer.view.v}) {
+      std::memcpy(pages + at, in, bytes);
+      in += bytes;
+    }
+  }
 }
 
 }  // namespace setpoint

@@ -43,6 +43,11 @@ class KvCache {
   const KvView& view(int layer) const { return layers_.at(static_cast<size_t>(layer)).view; }
   int window_of(int layer) const { return groups_[static_cast<size_t>(group_of(layer))].window; }
   size_t bytes() const;
+  // What a block holds over all layers of its group, as one record: [layer][keys, values][head] pages. Not while a step runs.
+  // All throw std::invalid_argument for what is not there, or of another size.
+  size_t block_bytes(int group) const;
+  void read_block(int group, int block, uint8_t* out, size_t size) const;
+  void write_block(int group, int block, const uint8_t* in, size_t size);
 
  private:
   struct Layer {
@@ -57,6 +62,7 @@ class KvCache {
     std::atomic<int> highest_block{-1};  // in use
     std::atomic<int> next_work{0};       // the highest block that asks for more
   };
+  void check_block(int group, int block, size_t size) const;
   void commit_ahead();
   bool commit_one_page();                        // of each pool that needs it; false: none did
   static size_t wanted_bytes(const Pool& pool);  // committed, for what is in use

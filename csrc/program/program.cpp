@@ -304,6 +304,16 @@ size_t Program::take_up_shortlist() {
   return head_->greedy_bytes();
 }
 
+void Program::read_kv(int group, int block, uint8_t* out, size_t size) {
+  const auto entered = enter();
+  kv_.read_block(group, block, out, size);
+}
+
+void Program::write_kv(int group, int block, const uint8_t* in, size_t size) {
+  const auto entered = enter();
+  kv_.write_block(group, block, in, size);
+}
+
 void Program::check(const StepInputs& inputs) {
   const auto entered = enter();
   batch_->load(inputs);

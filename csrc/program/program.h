@@ -77,6 +77,10 @@ class Program {
   int last_team() const { return pool_.team(); }
   size_t kv_bytes() const { return kv_.bytes(); }
   void commit_kv() { kv_.begin_committing(); }  // before the first step, which finds its memory ready then
+  // What a KV block of a group holds, see KvCache; throws std::runtime_error while another thread is in a step.
+  size_t kv_block_bytes(int group) const { return kv_.block_bytes(group); }
+  void read_kv(int group, int block, uint8_t* out, size_t size);
+  void write_kv(int group, int block, const uint8_t* in, size_t size);
   size_t slot_bytes() const;                    // of what a step works in, as far as that grows with the largest step
 
   // Whether a step waits for all its threads before it starts. For tests: it

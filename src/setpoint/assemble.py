@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,10 @@ from setpoint.config import (
     resolve,
     this_machine,
 )
+from setpoint.engine.disk_store import DiskStore, open_directory
+from setpoint.engine.disk_tier import DiskTier
 from setpoint.engine.engine import Engine, Event
+from setpoint.engine.lower_tiers import LowerTiers
 from setpoint.engine.scheduler import Scheduler, SchedulerLimits
 from setpoint.engine.speculation.draft_model import DraftModel
 from setpoint.engine.speculation.drafter import Drafter
@@ -41,6 +45,9 @@ from setpoint.text.tokenizer import Tokenizer, load_tokenizer
 if TYPE_CHECKING:
     from setpoint.runtime.cpu.runner import CpuRunner
     from setpoint.runtime.cpu.weight_cache import WeightCache
+
+
+log = logging.getLogger("setpoint.kv")
 
 
 def models_directory() -> Path:
@@ -208,6 +215,11 @@ def _build_engine(
         runner.close()
         raise
     phases["cached weights" if runner.loading.cached else "weights"] = clock() - began
+    try:
+        lower = _lower_tiers(resolved, runner)
+    except BaseException:
+        runner.close()
+        raise
     scheduler = Scheduler(
         runner.info,
         SchedulerLimits(
@@ -216,10 +228,13 @@ def _build_engine(
             max_drafts=speculation.num_speculative_tokens,
             max_num_queued_reqs=resolved.max_num_queued_reqs,
             max_num_queued_tokens=resolved.max_num_queued_tokens,
+            session_ttl_s=resolved.session_ttl,
+            session_share=resolved.session_share,
         ),
         enable_prefix_caching=resolved.enable_prefix_caching,
         seed=resolved.seed,
         speculator=_make_speculator(speculation, draft_model, opened.checkpoint.num_bytes),
+        lower=lower,
     )
     return Assembly(
         engine=Engine(scheduler, runner, deliver),
@@ -308,6 +323,23 @@ def _make_runner(opened: _OpenedModel, resolved: EngineConfig) -> CpuRunner:
         kv_cache_memory_bytes=resolved.kv_cache_memory_bytes,
         weight_cache=weight_cache(resolved.weight_cache_bytes),
     )
+
+
+def _lower_tiers(config: EngineConfig, runner: CpuRunner) -> LowerTiers | None:
+    """What keeps KV blocks beside the pool. A disk that cannot be used is one warning. Raises ConfigError."""
+    if not config.enable_prefix_caching or not (config.kv_host_bytes or config.kv_disk_path):
+        return None
+    disk, secret = None, None
+    if config.kv_disk_path is not None:
+        path = Path(config.kv_disk_path).expanduser()
+        try:
+            secret = open_directory(path)
+        except OSError as error:
+            log.warning("the KV cache is not kept on disk: %s", error.strerror)
+        else:
+            files = DiskStore(path, secret, runner.kv_fingerprint(), config.kv_disk_bytes)
+            disk = DiskTier(files, [group.block_bytes for group in runner.info.kv_groups])
+    return LowerTiers(runner.info, host_bytes=config.kv_host_bytes, disk=disk, secret=secret)
 
 
 def require_chat_template(assembly: Assembly) -> ChatTemplate:

@@ -154,6 +154,34 @@ class EngineConfig:
         high=65536,
     )
     enable_prefix_caching: bool = knob(True, "Reuse the KV cache of a prompt's prefix; never changes the output.")
+    kv_host_bytes: int = knob(
+        0,
+        "Memory below the KV cache: blocks that lose their place there are kept here, and copied back where that is "
+        "faster than computing them. 0 keeps none.",
+        unit="bytes",
+        low=0,
+        high=1 << 46,
+    )
+    kv_disk_path: str | None = knob(
+        None, "Directory below that, which survives a restart; it holds what prompts say. Default: none is kept."
+    )
+    kv_disk_bytes: int = knob(
+        16 * GIB,
+        "Disk for blocks in --kv-disk-path; the least recently used go first.",
+        unit="bytes",
+        low=1 << 20,
+        high=1 << 50,
+    )
+    session_ttl: float = knob(
+        600.0,
+        "Time that a session's prefix is kept before others after its last request.",
+        unit="seconds",
+        low=0,
+        high=86400,
+    )
+    session_share: float = knob(
+        0.5, "Part of the KV cache that the sessions of one API key may keep like that; 0 keeps none.", low=0, high=1
+    )
     max_num_queued_reqs: int = knob(
         1024, "Waiting requests before new ones get 429.", unit="requests", low=1, high=1 << 20
     )
@@ -186,6 +214,8 @@ class EngineConfig:
         SpeculativeConfig.parse(self.speculative_config)
         if not self.model or len(self.model) > 4096 or "\0" in self.model:
             raise ConfigError("the model name is empty or malformed; see `setpoint models list`")
+        if self.kv_disk_path is not None and (not self.kv_disk_path or "\0" in self.kv_disk_path):
+            raise ConfigError("--kv-disk-path is empty or malformed; give a directory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +303,12 @@ def resolve(config: EngineConfig, machine: Machine, model: ModelFacts) -> tuple[
         raise ConfigError(
             f"steps of {config.max_num_batched_tokens} tokens work in {step_bytes / GIB:.1f} GiB, more than weights "
             "leave free; lower --max-num-batched-tokens"
+        )
+    free -= config.kv_host_bytes
+    if free <= 0:
+        raise ConfigError(
+            f"--kv-host-bytes {config.kv_host_bytes} is more than the {free + config.kv_host_bytes} bytes that "
+            "weights and steps leave of the memory; lower it"
         )
     token_bytes = model.kv_bytes_per_token(kv_dtype)
     kv_bytes = config.kv_cache_memory_bytes

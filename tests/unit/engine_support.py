@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import settings
 
 from setpoint.engine.events import Event
+from setpoint.engine.lower_tiers import LowerTiers
 from setpoint.engine.plan import RunnerInfo, StepPlan
 from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
@@ -68,12 +69,17 @@ class Harness:
         speculator: DraftPlanner | None = None,
         prefix_caching: bool = True,
         next_token: Callable[[list[int]], int] | None = None,
+        lower: LowerTiers | None = None,
         **limits: int,
     ) -> None:
         self.info = info or fake_info(num_blocks=64, block_size=4, max_model_len=128)
         self.runner = FakeRunner(self.info, next_token)
         self.scheduler = Scheduler(
-            self.info, SchedulerLimits(**limits), enable_prefix_caching=prefix_caching, speculator=speculator
+            self.info,
+            SchedulerLimits(**limits),
+            enable_prefix_caching=prefix_caching,
+            speculator=speculator,
+            lower=lower,
         )
         self.now = 0.0
         self.step_s = 0.0 if speculator is None else 0.25  # of a plan's execution
@@ -119,9 +125,10 @@ class Harness:
         assert not self.scheduler.waiting
 
     def _check_order(self, waiting: Sequence[Any]) -> None:
-        """Nobody starts before a request that is ahead of it."""
+        """Nobody starts before a request that is ahead of it, unless that one waits for the disk."""
         started = [seq.order for seq in waiting if seq.first_scheduled_time is not None]
-        left = [seq.order for seq in waiting if seq.first_scheduled_time is None and seq in self.scheduler.waiting]
+        still = [seq for seq in waiting if seq.first_scheduled_time is None and seq in self.scheduler.waiting]
+        left = [seq.order for seq in still if seq.fetch is None]
         assert not started or not left or max(started) < min(left)
 
     def _poison_blank_blocks(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 from setpoint.engine.plan import EntryResult, PlanEntry, Runner, StepPlan, StepResult
@@ -29,9 +30,30 @@ def execute_isolated(
 ) -> tuple[StepResult, Exception | None]:
     """Execute a plan; if that raises, execute each entry alone, so that only those fail which fail alone.
 
-    Repeating an entry rewrites the same KV bytes (law 1), so the others get the tokens they would have got. The
-    second value is the error of the step if no entry could be executed: then the runner itself may be broken.
+    Repeating an entry rewrites the same KV bytes (law 1), so the others get the tokens they would have got. Blocks are
+    moved once, before: what could not be restored is not computed on. The second value is the error of the step if no
+    entry could be executed: then the runner itself may be broken.
     """
+    if not (plan.saves or plan.restores):
+        return _execute_entries(runner, plan, inject)
+    moved, unrestored = StepResult(), frozenset[int]()
+    began = time.perf_counter()
+    try:
+        moved = runner.execute(StepPlan((), plan.saves, plan.restores))
+    except Exception as error:
+        log.error("moving KV blocks failed (%s)", type(error).__name__)
+        unrestored = frozenset(restore.seq_id for restore in plan.restores)
+    moving_s = time.perf_counter() - began
+    sound = [entry for entry in plan.entries if entry.seq_id not in unrestored]
+    result, step_error = _execute_entries(runner, StepPlan(sound), inject) if sound else (StepResult(), None)
+    computed = iter(result.entries)
+    entries = [EntryResult() if entry.seq_id in unrestored else next(computed) for entry in plan.entries]
+    return StepResult(entries, moved.saved, unrestored, moving_s), step_error
+
+
+def _execute_entries(
+    runner: Runner, plan: StepPlan, inject: Callable[[str, PlanEntry], None] | None
+) -> tuple[StepResult, Exception | None]:
     try:
         return _execute(runner, plan, inject), None
     except Exception as error:

@@ -1,14 +1,16 @@
 """The KV blocks of one group: reference counts, and a free list in eviction order.
 
 A block is *used* (referenced by at least one sequence) or *free*. A free block is *blank*, or *cached*: published in
-the prefix cache and kept until its space is needed. Blank blocks are handed out first, then cached ones, least
-recently used first. Nothing here knows tokens or sequences.
+the prefix cache and kept until its space is needed. Blank blocks are handed out first, then cached ones in the order
+of `eviction.py`. Nothing here knows tokens or sequences.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+
+from setpoint.engine.eviction import NORMAL, PROTECTED, EvictionOrder
 
 
 class OutOfBlocksError(RuntimeError):
@@ -22,9 +24,10 @@ class BlockPool:
         self.num_blocks = num_blocks
         self._on_evict = on_evict
         self._blank = list(range(num_blocks - 1, -1, -1))  # a stack: the warmest block first
-        self._cached: dict[int, None] = {}  # insertion order = eviction order
+        self._cached = EvictionOrder()
         self._refs = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
+        self._ranks = [NORMAL] * num_blocks
 
     @property
     def num_free(self) -> int:
@@ -43,12 +46,12 @@ class BlockPool:
         return self._refs[block] == 0
 
     def acquire(self) -> int:
-        """A block with one reference and no content; evicts the oldest cached block when none is blank."""
+        """A block with one reference and no content; evicts a cached block when none is blank."""
         if self._blank:
             block = self._blank.pop()
         elif self._cached:
-            block = next(iter(self._cached))
-            self._evict(block)
+            block = self._cached.pop()
+            self._forget(block)
         else:
             raise OutOfBlocksError("no free KV block")
         self._refs[block] = 1
@@ -57,7 +60,7 @@ class BlockPool:
     def retain(self, block: int) -> None:
         """One more reference to a used or cached block."""
         if self._refs[block] == 0:
-            del self._cached[block]  # KeyError: a blank block has no content to share
+            self._cached.remove(block)  # KeyError: a blank block has no content to share
         self._refs[block] += 1
 
     def release(self, block: int) -> None:
@@ -69,7 +72,7 @@ class BlockPool:
             if self._keys[block] is None:
                 self._blank.append(block)
             else:
-                self._cached[block] = None
+                self._cached.push(block, self._ranks[block])
 
     def publish(self, block: int, key: bytes) -> None:
         """The content of a used block is now findable under `key`."""
@@ -84,13 +87,23 @@ class BlockPool:
     def evict_cached(self) -> None:
         """Blank every free block; used ones lose nothing until they are released."""
         for block in list(self._cached):
-            self._evict(block)
+            self._cached.remove(block)
+            self._forget(block)
             self._blank.append(block)
 
-    def _evict(self, block: int) -> None:
+    def is_protected(self, block: int) -> bool:
+        return self._ranks[block] == PROTECTED
+
+    def protect(self, block: int, is_protected: bool) -> None:
+        """Let a published block be evicted after all others, or no longer."""
+        self._ranks[block] = PROTECTED if is_protected else NORMAL
+        if block in self._cached:
+            self._cached.rerank(block, self._ranks[block])
+
+    def _forget(self, block: int) -> None:
         key = self._keys[block]
-        del self._cached[block]
         self._keys[block] = None
+        self._ranks[block] = NORMAL
         if key is not None:
             self._on_evict(key)
 
@@ -109,3 +122,5 @@ class BlockPool:
             raise AssertionError("a cached block has no key")
         if any((self._keys[block] is not None) for block in self._blank):
             raise AssertionError("a blank block has a key")
+        if any(self._ranks[block] != NORMAL for block in self._blank):
+            raise AssertionError("a blank block is protected")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from setpoint.engine.blast_wall import Faults, client_error, execute_isolated
 from setpoint.engine.events import Event
+from setpoint.engine.lower_tiers import SlowTier
 from setpoint.engine.plan import Runner, StepResult
 from setpoint.engine.request import Request
 from setpoint.engine.scheduler import Scheduler
@@ -31,6 +32,7 @@ IDLE_TICK_S = 0.5  # the heartbeat of an idle engine
 BLOCKED_TICK_S = 0.01  # work exists, but none could be planned
 MAX_FAILURES = 3
 FAILURE_WINDOW_S = 60.0
+FLUSH_S = 1.5  # for blocks on their way to disk when the engine ends
 ABORT_GRACE_S = 10.0  # for the step under way when everything must end
 
 
@@ -69,11 +71,15 @@ class Engine:
         self._clock = clock
         if faults is not None:
             scheduler.faults = faults
+        self._disk = None if scheduler.kv.lower is None else scheduler.kv.lower.disk
+        if self._disk is not None:
+            self._disk.on_progress = self._nudge
         self._thread: threading.Thread | None = None
         self._wake = threading.Condition()  # guards everything below
         self._inbox: list[Request | _Abort] = []
         self._pending: set[str] = set()  # ids in the inbox
         self._idle = True
+        self._nudged = False
         self._draining = False
         self._abort_all = False
         self._stopping = False
@@ -131,6 +137,10 @@ class Engine:
             if not self._ended:
                 self._inbox.append(_Abort(request_id, index))
                 self._wake.notify_all()
+
+    def delete_session(self, tenant: str, session_id: str) -> bool:
+        """Forget a session of a tenant; False when there is none. Requests under way go on."""
+        return self._scheduler.sessions.delete(tenant, session_id)
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new work, let accepted work finish for `timeout_s`, then abort the rest. True if all finished."""
@@ -209,6 +219,10 @@ class Engine:
             oldest_queue_age_s=max(0.0, now - oldest),
             kv_usage=scheduler.kv.usage,
             kv_blocks_leaked=0 if scheduler.has_work else sum(pool.num_used for pool in scheduler.kv.pools),
+            num_sessions=len(scheduler.sessions),
+            num_sessions_expired=scheduler.sessions.num_expired,
+            num_sessions_over_budget=scheduler.sessions.num_over_budget,
+            host_tier_bytes=0 if scheduler.kv.lower is None else scheduler.kv.lower.host.num_bytes,
             heartbeat_age_s=self.heartbeat_age_s(),
             is_alive=self.is_alive,
             is_draining=self._draining,
@@ -242,12 +256,19 @@ class Engine:
     def _rest(self) -> None:
         """Sleep until there is something to do, or until the next heartbeat."""
         with self._wake:
-            if self._inbox or self._stopping or self._abort_all:
+            nudged, self._nudged = self._nudged, False
+            if self._inbox or self._stopping or self._abort_all or nudged:
                 return
             self._idle = not self._scheduler.has_work
             if self._idle:
                 self._wake.notify_all()
             self._wake.wait(IDLE_TICK_S if self._idle else BLOCKED_TICK_S)
+
+    def _nudge(self) -> None:
+        """The disk tier has news."""
+        with self._wake:
+            self._nudged = True
+            self._wake.notify_all()
 
     def _read_inbox(self) -> None:
         with self._wake:
@@ -285,7 +306,7 @@ class Engine:
         try:
             plan = scheduler.schedule(self._clock())
             result = StepResult()
-            if plan.entries:
+            if plan.entries or plan.saves or plan.restores:
                 inject = scheduler.inject_entry if scheduler.faults is not None else None
                 result, suspicion = execute_isolated(self._runner, plan, inject)
                 self._heartbeat = self._clock()
@@ -300,7 +321,7 @@ class Engine:
             self._record_failure(suspicion)
         self._log_errors(events)
         self._hand_over(events)
-        return bool(plan.entries or events)
+        return bool(plan.entries or plan.saves or plan.restores or events)
 
     def _runner_works(self) -> bool:
         """Whether the runner can compute one token of nobody's, after every entry of a step failed."""
@@ -378,3 +399,20 @@ class Engine:
         with self._wake:
             self._idle = self._ended = True
             self._wake.notify_all()
+        if self._disk is not None:
+            self._flush(self._disk)
+
+    def _flush(self, disk: SlowTier) -> None:
+        """What is in the pool and not on disk yet would be lost with the process."""
+        deadline = self._clock() + FLUSH_S
+        try:
+            while self._dead_reason is None and self._scheduler.num_unsaved and self._clock() < deadline:
+                plan = self._scheduler.schedule(self._clock())
+                if not plan.saves:  # the disk is behind
+                    time.sleep(BLOCKED_TICK_S)
+                    continue
+                result, _ = execute_isolated(self._runner, plan)
+                self._scheduler.commit(plan, result, self._clock())
+        except Exception as error:
+            log.error("the KV cache was not saved to disk whole: %s", type(error).__name__)
+        disk.close(max(0.0, deadline - self._clock()))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from setpoint.engine.diagnosis import Divergence
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -41,6 +43,7 @@ class Event:
     error: Exception | None = None  # set if and only if finish_reason == "error"; safe to show to a client
     num_cached_tokens: int = 0  # of the prompt, at first admission; index 0 is what `usage` reports
     num_output_tokens: int = 0  # so far, this event included
+    divergence: Divergence | None = None  # why the prompt found less than its session had
     num_preemptions: int = 0
     time: float = 0.0
     arrival_time: float = 0.0

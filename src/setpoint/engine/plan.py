@@ -20,6 +20,7 @@ class KVGroup:
 
     num_blocks: int
     window: int | None = None  # tokens a query sees, itself included; None = all of them
+    block_bytes: int = 0  # of one block over all layers of the group, as `KVSave` gives them out; 0 = unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +85,34 @@ class PlanEntry:
     num_drafts: int = 0
 
 
+@dataclass(slots=True)
+class KVSave:
+    """Read the bytes of a block, before anything of the step is written. They are filed under `key` and `group`."""
+
+    group: int
+    block: int
+    key: bytes
+    parent: bytes
+    tokens: bytes  # the block's token ids, packed
+
+
+@dataclass(slots=True)
+class KVRestore:
+    """Write bytes that a `KVSave` read, before anything of the step is computed."""
+
+    seq_id: int
+    group: int
+    block: int
+    payload: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
+    """In this order: `saves`, `restores`, `entries`."""
+
     entries: Sequence[PlanEntry]
+    saves: Sequence[KVSave] = ()
+    restores: Sequence[KVRestore] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -113,6 +139,9 @@ class EntryResult:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     entries: Sequence[EntryResult] = field(default_factory=tuple)  # same order as the plan
+    saved: Sequence[bytes | None] = ()  # per `KVSave` of the plan; None = not read
+    unrestored: frozenset[int] = frozenset()  # seq_ids whose blocks could not be written: nothing of theirs is computed
+    moving_s: float = 0.0  # what saves and restores took
 
 
 class Runner(Protocol):
@@ -124,6 +153,8 @@ class Runner(Protocol):
     @property
     def info(self) -> RunnerInfo: ...
 
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Raises before any entry is computed when a block cannot be restored."""
+        ...
 
     def close(self) -> None: ...

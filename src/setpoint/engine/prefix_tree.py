@@ -29,10 +29,13 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """`block_tables[group][i]` for the first `num_blocks` logical blocks; -1 = out of that group's window."""
+    """`block_tables[group][i]` for the first `num_blocks` logical blocks; -1 = out of that group's window, or in
+    `restores`.
+    """
 
     num_blocks: int
     block_tables: tuple[tuple[int, ...], ...]
+    restores: tuple[tuple[int, int, bytes], ...] = ()  # (logical block, group, its bytes): not in the pool yet
 
 
 def first_visible_block(num_computed: int, window: int | None, block_size: int) -> int:
@@ -50,6 +53,7 @@ class PrefixTree:
         self._block_size = block_size
         self._secret = os.urandom(32) if secret is None else secret
         self._nodes: dict[bytes, Node] = {}
+        self._nowhere: list[int | None] = [None] * len(self._windows)
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -91,6 +95,16 @@ class PrefixTree:
             if usable:
                 best = index + 1
         return self._hit(nodes, best)
+
+    def resident(self, key: bytes, parent: bytes, tokens: bytes) -> list[int | None]:
+        """The blocks of one full block of tokens, per group; None = not in the pool."""
+        node = self._nodes.get(key)
+        if node is None or node.parent != parent or node.tokens != tokens:
+            return self._nowhere
+        return node.blocks
+
+    def find(self, key: bytes) -> Node | None:
+        return self._nodes.get(key)
 
     def _verified(self, key: bytes, parent: bytes, token_ids: Sequence[int], index: int) -> Node | None:
         node = self._nodes.get(key)

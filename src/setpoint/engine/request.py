@@ -26,6 +26,7 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     tenant: str = ""
+    session_id: str = ""  # of the tenant; keeps this prefix for the next request. "" = none
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
     grammar: Grammar | None = None  # of `params.structured_outputs`, compiled
 
@@ -35,6 +36,8 @@ class Request:
             raise RequestError(f"request_id must have 1 to {MAX_NAME_CHARS} characters", param="request_id")
         if type(self.priority) is not int or not -MAX_PRIORITY - 1 <= self.priority <= MAX_PRIORITY:
             raise RequestError(f"priority must be in -{MAX_PRIORITY + 1}..{MAX_PRIORITY}", param="priority")
+        if len(self.session_id) > MAX_NAME_CHARS:
+            raise RequestError(f"session_id must have at most {MAX_NAME_CHARS} characters", param="session_id")
         salt = self.cache_salt
         if len(salt) > MAX_NAME_CHARS or not (salt.isascii() and salt.isprintable()):
             message = f"cache_salt must have at most {MAX_NAME_CHARS} printable ASCII characters"

@@ -15,6 +15,7 @@ from setpoint.engine.request import Request
 from setpoint.engine.row_state import sequence_seed
 from setpoint.engine.rows import Outcome
 from setpoint.engine.sequence import ActiveRequest, Sequence, SequenceStatus
+from setpoint.engine.sessions import Sessions
 from setpoint.engine.stats import Counters
 from setpoint.errors import EngineError
 
@@ -24,7 +25,16 @@ by_order = attrgetter("order")
 class Roster:
     """`running` and `waiting` are sorted by (priority, arrival, index). Only running sequences hold blocks."""
 
-    def __init__(self, kv: KVCache, queue: QueueGate, counters: Counters, *, max_len: int, seed: int | None) -> None:
+    def __init__(
+        self,
+        kv: KVCache,
+        queue: QueueGate,
+        counters: Counters,
+        sessions: Sessions,
+        *,
+        max_len: int,
+        seed: int | None,
+    ) -> None:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.sequences: dict[int, Sequence] = {}  # both of them, by seq_id
@@ -32,6 +42,7 @@ class Roster:
         self._kv = kv
         self._queue = queue
         self._counters = counters
+        self._sessions = sessions
         self._max_len = max_len
         self._random = random.Random(seed)  # seeds of requests that bring none
         self._arrivals = itertools.count()
@@ -59,6 +70,8 @@ class Roster:
         except Exception:
             self._queue.leave(len(request.prompt_token_ids), now)
             raise
+        if request.session_id and self._kv.prefix_caching:
+            active.session = self._sessions.open(request.tenant, request.session_id, request.cache_salt, now)
         self.requests[request.request_id] = active
         for seq in active.unfinished:
             self.sequences[seq.seq_id] = seq
@@ -76,14 +89,30 @@ class Roster:
     def count_start(self, seq: Sequence, now: float) -> None:
         """A sequence runs for the first time; its request leaves the bounded queue with the first of them."""
         seq.first_scheduled_time = now
-        seq.num_cached_tokens = seq.num_computed
+        seq.num_cached_tokens = seq.num_computed if seq.restore is None else seq.restore.num_tokens
+        restored = 0 if seq.restore is None else seq.restore.num_restored
         if self._kv.prefix_caching:
             self._counters.prefix_queries += seq.num_prompt
-            self._counters.prefix_hits += seq.num_cached_tokens
+            self._counters.prefix_hits += seq.num_cached_tokens - restored
+        if self._kv.lower is not None:
+            self._counters.external_queries += seq.num_prompt - seq.num_cached_tokens + restored
+            self._counters.external_hits += restored
+        if seq.index == 0:
+            self._diagnose(seq)
         if seq.owner.queued:
             self._leave_queue(seq, now)
             self._counters.prompt_tokens += seq.num_prompt
             self._counters.prompt_tokens_cached += seq.num_cached_tokens
+            self._counters.prompt_tokens_restored += restored
+
+    def _diagnose(self, seq: Sequence) -> None:
+        """Whether the prompt found what its session had."""
+        active = seq.owner
+        if active.session is not None:
+            salt, prompt = active.request.cache_salt, active.request.prompt_token_ids
+            active.divergence = self._sessions.diagnose(active.session, salt, prompt, seq.num_cached_tokens)
+            if active.divergence is not None:
+                self._counters.divergences[active.divergence.cause] += 1
 
     def preempt(self, seq: Sequence) -> None:
         """Running → waiting, without blocks; what it published may still be cached when it comes back."""
@@ -107,6 +136,10 @@ class Roster:
             del self.requests[active.request.request_id]
             if active.queued:
                 self._leave_queue(seq, now)
+        if active.session is not None and seq.index == 0:
+            keys = seq.block_keys[: seq.num_computed // self._kv.block_size]
+            salt = active.request.cache_salt
+            self._sessions.close(active.session, salt, seq.token_ids, seq.num_prompt, keys, now)
         self._kv.release(seq)
         self._counters.finished[outcome.finish_reason] += 1
         return self.event(seq, outcome, now)
@@ -146,6 +179,7 @@ class Roster:
             is_complete=outcome.finish_reason == "stop" and seq.token_ids[-1] not in seq.stop_ids,
             error=outcome.error,
             num_cached_tokens=seq.num_cached_tokens,
+            divergence=seq.owner.divergence,
             num_output_tokens=len(seq.token_ids) - seq.num_prompt,
             num_preemptions=seq.num_preemptions,
             time=now,
@@ -176,4 +210,5 @@ class Roster:
             raise AssertionError("requests and sequences disagree")
         if self._queue.num_requests < sum(active.queued for active in self.requests.values()):
             raise AssertionError("the queue counts too few requests")
+        self._sessions.check_integrity()
         self._kv.check_integrity(self.running)

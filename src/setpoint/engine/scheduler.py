@@ -17,12 +17,15 @@ from typing import Protocol
 from setpoint.engine.blast_wall import Faults
 from setpoint.engine.events import Event
 from setpoint.engine.kv_cache import KVCache
-from setpoint.engine.plan import LogitsRow, PlanEntry, RowSampling, RunnerInfo, StepPlan, StepResult
+from setpoint.engine.lower_tiers import LowerTiers
+from setpoint.engine.plan import KVRestore, LogitsRow, PlanEntry, RowSampling, RunnerInfo, StepPlan, StepResult
 from setpoint.engine.queue_gate import QueueGate
 from setpoint.engine.request import Request
+from setpoint.engine.restore_cost import ALONE_S, STALL_S
 from setpoint.engine.roster import Roster
 from setpoint.engine.rows import Outcome, build_rows, take_rows
 from setpoint.engine.sequence import Sequence, SequenceStatus
+from setpoint.engine.sessions import SessionLimits, Sessions
 from setpoint.engine.stats import Counters, SpeculationCounters
 from setpoint.errors import ConfigError, EngineError, OutputViolationError
 
@@ -69,20 +72,29 @@ class SchedulerLimits:
     jump_forward: bool = True  # tokens that a grammar forces are taken without a forward pass of their own
     max_num_queued_reqs: int = 1024
     max_num_queued_tokens: int = 1 << 20
+    session_ttl_s: float = 600.0  # since the last request
+    session_share: float = 0.5  # of the KV cache that the sessions of a tenant may protect
 
 
 @dataclass(slots=True)
 class _Step:
-    """A plan while it is made. `budget` is what is left of the step's tokens."""
+    """A plan while it is made. Budgets are what is left of the step's tokens, and of the bytes to restore."""
 
     budget: int
+    restore_budget: int = 0
     entries: dict[int, PlanEntry] = field(default_factory=dict)  # by seq_id
+    restores: dict[int, list[KVRestore]] = field(default_factory=dict)
 
     def add(self, entry: PlanEntry) -> None:
         self.entries[entry.seq_id] = entry
         self.budget -= len(entry.token_ids)
 
+    def restore(self, seq_id: int, moves: list[KVRestore]) -> None:
+        self.restores[seq_id] = moves
+        self.restore_budget -= sum(len(move.payload) for move in moves)
+
     def drop(self, seq_id: int) -> None:
+        self.restores.pop(seq_id, None)
         entry = self.entries.pop(seq_id, None)
         if entry is not None:
             self.budget += len(entry.token_ids)
@@ -99,18 +111,22 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         seed: int | None = None,
         speculator: DraftPlanner | None = None,
+        lower: LowerTiers | None = None,
     ) -> None:
         if not info.kv_groups or any(group.num_blocks < 1 for group in info.kv_groups) or info.block_size < 1:
             raise ConfigError("the KV cache holds no block; raise --kv-cache-memory-bytes")
         self.limits = limits or SchedulerLimits()
-        self.kv = KVCache(info, prefix_caching=enable_prefix_caching)
+        self.kv = KVCache(info, prefix_caching=enable_prefix_caching, lower=lower)
         self.queue = QueueGate(self.limits.max_num_queued_reqs, self.limits.max_num_queued_tokens)
         self.counters = Counters()
         self.faults: Faults | None = None
         self.vocab_size = info.vocab_size
         capacity = self.kv.capacity_tokens
         self.max_model_len = info.max_model_len if capacity is None else min(info.max_model_len, capacity)
-        self._roster = Roster(self.kv, self.queue, self.counters, max_len=self.max_model_len, seed=seed)
+        quota_blocks = int(max(pool.num_blocks for pool in self.kv.pools) * self.limits.session_share)
+        session_limits = SessionLimits(self.limits.session_ttl_s, quota_blocks)
+        self.sessions = Sessions(session_limits, self.kv.protect, self.kv.unprotect, info.block_size)
+        self._roster = Roster(self.kv, self.queue, self.counters, self.sessions, max_len=self.max_model_len, seed=seed)
         self.running, self.waiting = self._roster.running, self._roster.waiting  # read only, in order
         self._speculator = self._opened_speculator = speculator
         if speculator is not None:
@@ -159,6 +175,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._roster.sequences or self._events)
 
+    @property
+    def num_unsaved(self) -> int:
+        """Blocks of the pool that may not be on disk yet."""
+        return 0 if self.kv.saves is None else self.kv.saves.num_behind
+
     def inject(self, point: str, request_id: str) -> None:
         """A named place where tests make a request fail."""
         if self.faults is not None:
@@ -179,8 +200,7 @@ class Scheduler:
     # --- planning ------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> StepPlan:
-        self._planned_at = now
-        step = _Step(self.limits.max_num_batched_tokens)
+        step = self._begin_step(now)
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         for seq in self.running:
@@ -194,7 +214,20 @@ class Scheduler:
             self._guarded(self._advance, seq, step, now)
         if self.waiting:
             self._admit_waiting(step, now)
-        return StepPlan(tuple(step.entries.values()))
+        saves = self.kv.saves.end() if self.kv.saves is not None else ()
+        restores = tuple(move for moves in step.restores.values() for move in moves)
+        return StepPlan(tuple(step.entries.values()), saves, restores)
+
+    def _begin_step(self, now: float) -> _Step:
+        step = _Step(self.limits.max_num_batched_tokens)
+        self._planned_at = now
+        self.sessions.expire(now)
+        if self.kv.lower is not None and self.kv.saves is not None:
+            others = any(seq.restore is None for seq in self.running)
+            step.restore_budget = self.kv.lower.cost.bytes_in(STALL_S if others else ALONE_S)
+            self.kv.lower.poll()
+            self.kv.saves.begin(is_busy=bool(self._roster.sequences))
+        return step
 
     def _guarded(self, place: Callable[[Sequence, _Step, float], None], seq: Sequence, step: _Step, now: float) -> None:
         """A failure over one sequence fails its request and nobody else's."""
@@ -207,7 +240,11 @@ class Scheduler:
 
     def _advance(self, seq: Sequence, step: _Step, now: float) -> None:
         """Plan the next tokens of a running sequence, preempting from the end of the order if blocks run out."""
-        if seq.status is not SequenceStatus.RUNNING or step.budget <= 0:
+        if seq.status is not SequenceStatus.RUNNING:
+            return
+        if seq.restore is not None and not self._restore(seq, step):
+            return
+        if step.budget <= 0:
             return
         if self.faults is not None:
             self._inject("schedule", seq)
@@ -225,6 +262,11 @@ class Scheduler:
                 return
             covered = self.kv.grow(seq, seq.num_computed + wanted)
         self._plan_entry(seq, min(wanted, covered - seq.num_computed), step)
+
+    def _restore(self, seq: Sequence, step: _Step) -> bool:
+        """Plan to fill blocks of a running sequence from lower tiers; True when none is left."""
+        step.restore(seq.seq_id, self.kv.restore(seq, step.restore_budget))
+        return seq.restore is None
 
     def _draft(self, speculator: DraftPlanner, decodes: list[Sequence], prefills: list[Sequence], budget: int) -> None:
         """Ask for drafts, leaving a token of budget to every running sequence."""
@@ -260,12 +302,12 @@ class Scheduler:
         for seq in list(self.waiting):
             if step.budget <= 0 or len(self.running) >= max_running:
                 return
-            if seq.status is not SequenceStatus.WAITING or self.is_deferred(seq):
+            if seq.status is not SequenceStatus.WAITING or self.is_deferred(seq) or self.kv.is_fetching(seq, now):
                 continue
             if not self._may_retry(seq):
                 return
             self._guarded(self._admit, seq, step, now)
-            if seq.status is SequenceStatus.WAITING:  # no room for it; nobody overtakes
+            if seq.status is SequenceStatus.WAITING and not self.kv.is_fetching(seq, now):  # no room; nobody overtakes
                 return
 
     def is_deferred(self, seq: Sequence) -> bool:
@@ -281,7 +323,9 @@ class Scheduler:
             self._inject("schedule", seq)
         if self._jump_first(seq, now):
             return
-        hit = self.kv.match(seq)
+        hit = self.kv.match(seq, now)
+        if hit is None:
+            return
         if self.running and not self.kv.can_admit(seq, hit, self.running):
             self._blocked = (seq.seq_id, len(self.running), tuple(pool.num_free for pool in self.kv.pools))
             return
@@ -291,6 +335,8 @@ class Scheduler:
         self.kv.take_hit(seq, hit)
         if seq.first_scheduled_time is None:
             self._roster.count_start(seq, now)
+        if seq.restore is not None and not self._restore(seq, step):
+            return
         covered = self.kv.grow(seq, seq.num_computed + min(seq.num_tokens - seq.num_computed, step.budget))
         if covered <= seq.num_computed:
             raise EngineError("the KV cache cannot hold this sequence")  # can_admit() and validate() exclude it
@@ -334,6 +380,8 @@ class Scheduler:
         """Take what the runner computed; every event of the step, failures met while planning included."""
         if plan.entries:
             self.counters.step_tokens.observe(plan.num_tokens)
+        if self.kv.lower is not None:
+            self._file_moves(self.kv.lower, plan, result, now)
         for position, entry in enumerate(plan.entries):
             seq = self._roster.sequences.get(entry.seq_id)
             if seq is None or seq.status is not SequenceStatus.RUNNING or seq.num_computed != entry.start:
@@ -350,8 +398,23 @@ class Scheduler:
         if self._speculator is not None and plan.entries:
             lengths = [(len(entry.token_ids), entry.num_drafts) for entry in plan.entries]
             num_prefill = sum(length for length, drafts in lengths if length > 1 + drafts)
-            self._spared(self._speculator.learn, plan.num_tokens, num_prefill, now - self._planned_at)
+            seconds = now - self._planned_at - result.moving_s
+            self._spared(self._speculator.learn, plan.num_tokens, num_prefill, seconds)
         return self.take_events()
+
+    def _file_moves(self, lower: LowerTiers, plan: StepPlan, result: StepResult, now: float) -> None:
+        """Take what was read from the pool, and start over the sequences whose blocks could not be written."""
+        assert self.kv.saves is not None
+        self.kv.saves.file(plan, result)
+        for seq_id in result.unrestored:
+            seq = self._roster.sequences.get(seq_id)
+            if seq is not None and seq.status is SequenceStatus.RUNNING:
+                self._roster.preempt(seq)
+        if result.unrestored:
+            lower.give_up()
+        moved = [*filter(None, result.saved), *(move.payload for move in plan.restores)]
+        lower.cost.observe_move(sum(map(len, moved)), result.moving_s)
+        lower.cost.observe_step(plan.num_tokens, now - self._planned_at - result.moving_s)
 
     def take_events(self) -> list[Event]:
         """What was not handed over yet: after a `schedule` or `commit` that raised."""

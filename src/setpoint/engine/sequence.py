@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
+from setpoint.engine.diagnosis import Divergence
 from setpoint.engine.events import FinishReason, TokenLogprob
+from setpoint.engine.lower_tiers import Fetch
 from setpoint.engine.request import Request
 from setpoint.engine.row_state import RowState
+from setpoint.engine.sessions import Session
 
 MAX_JUMP = 128  # tokens that a grammar may force at once: bounds what one sequence does between two steps
 
@@ -19,6 +23,15 @@ class SequenceStatus(Enum):
     FINISHED = "finished"
 
 
+@dataclass(slots=True)
+class Restore:
+    """Blocks that a running sequence has, but not yet their bytes. Until all have come, nothing counts as computed."""
+
+    num_tokens: int  # computed, when all have come
+    num_restored: int  # tokens of them that were not in the pool
+    pending: deque[tuple[int, int, bytes]]  # (logical block, group, bytes)
+
+
 @dataclass(slots=True, eq=False)
 class ActiveRequest:
     """A request and its `params.n` sequences. They share the prompt's blocks, not their state."""
@@ -27,6 +40,8 @@ class ActiveRequest:
     arrival_time: float
     root_key: bytes  # of this tenant and salt in the prefix tree
     queued: bool = True  # counted in the bounded queue: no sequence of it ever ran
+    session: Session | None = None
+    divergence: Divergence | None = None
     leader: Sequence | None = None  # computes the prompt while its siblings wait for the cached prefix
     unfinished: list[Sequence] = field(default_factory=list)
 
@@ -44,6 +59,7 @@ class Sequence:
         "block_tables",
         "draft_states",
         "drafts",
+        "fetch",
         "first_live",
         "first_scheduled_time",
         "index",
@@ -58,6 +74,7 @@ class Sequence:
         "owner",
         "params",
         "prompt_logprobs",
+        "restore",
         "row_state",
         "seq_id",
         "status",
@@ -90,6 +107,8 @@ class Sequence:
         self.first_live = [0] * num_groups  # per group: logical blocks below it are -1
         self.block_keys: list[bytes] = []  # prefix-tree keys of the first full blocks of token_ids
         self.num_published = 0
+        self.fetch: Fetch | None = None  # while it waits for blocks that are read from disk
+        self.restore: Restore | None = None  # while its blocks are filled from lower tiers
         # One entry per scored prompt token; the first has no context. Index 0 scores for all its siblings.
         scores = request.params.prompt_logprobs is not None and index == 0
         self.prompt_logprobs: list[TokenLogprob | None] | None = [None] if scores else None

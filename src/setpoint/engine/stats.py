@@ -57,8 +57,11 @@ class Counters:
 
     prefix_queries: int = 0  # prompt tokens looked up in the prefix cache, at first admission
     prefix_hits: int = 0  # of these, found
+    external_queries: int = 0  # of these, not in the pool and looked up in lower tiers
+    external_hits: int = 0  # found there, and restored
     prompt_tokens: int = 0  # of admitted requests, each prompt once
-    prompt_tokens_cached: int = 0
+    prompt_tokens_cached: int = 0  # of these, not computed
+    prompt_tokens_restored: int = 0  # of the cached, read back from memory or disk
     generation_tokens: int = 0
     forced_tokens: int = 0  # of these, the only ones that a grammar allowed: no forward pass drew them
     output_violations: int = 0  # tokens drawn against a grammar; must be 0
@@ -67,6 +70,7 @@ class Counters:
     aborted_by_state: dict[str, int] = field(  # requests
         default_factory=lambda: dict.fromkeys(("waiting", "preempted", "prefill", "decode"), 0)
     )
+    divergences: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("text", "salt", "evicted"), 0))
     step_tokens: StepTokens = field(default_factory=StepTokens)
     speculation: SpeculationCounters = field(default_factory=SpeculationCounters)
 
@@ -83,6 +87,10 @@ class EngineStats:
     oldest_queue_age_s: float
     kv_usage: float
     kv_blocks_leaked: int  # used although no sequence exists; must be 0
+    num_sessions: int
+    num_sessions_expired: int
+    num_sessions_over_budget: int  # that lost their protection to others of their tenant
+    host_tier_bytes: int
     heartbeat_age_s: float
     is_alive: bool
     is_draining: bool

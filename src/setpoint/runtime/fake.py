@@ -43,7 +43,7 @@ def fake_info(
     block_size: int = 16,
     windows: Sequence[int | None] = (None,),
 ) -> RunnerInfo:
-    groups = tuple(KVGroup(num_blocks, window) for window in windows)
+    groups = tuple(KVGroup(num_blocks, window, 3 * 8 * block_size) for window in windows)
     return RunnerInfo(vocab_size, max_model_len, groups, block_size)
 
 
@@ -86,8 +86,11 @@ class FakeRunner:
         self.num_steps += 1
         if self._step_s:
             time.sleep(self._step_s)
+        saved = [self._read(save.group, save.block) for save in plan.saves]
+        for restore in plan.restores:
+            self._restore(restore.group, restore.block, restore.payload)
         self._check_writes(plan)
-        return StepResult(tuple(EntryResult(self._execute_entry(entry)) for entry in plan.entries))
+        return StepResult(tuple(EntryResult(self._execute_entry(entry)) for entry in plan.entries), saved)
 
     def close(self) -> None:
         self.closed = True
@@ -95,6 +98,19 @@ class FakeRunner:
     def poison(self, group: int, block: int) -> None:
         """Wipe a block, as a debug build does with freed ones."""
         self._tokens[group][block] = self._positions[group][block] = self._marks[group][block] = POISON
+
+    def _read(self, group: int, block: int) -> bytes:
+        """Everything that the oracle keeps of a block: restored elsewhere, it is as if it had been computed there."""
+        if (self._positions[group][block] == POISON).any():
+            raise KVError("a block is saved that is not full")
+        return b"".join(array[group][block].tobytes() for array in (self._tokens, self._positions, self._marks))
+
+    def _restore(self, group: int, block: int, payload: bytes) -> None:
+        if len(payload) != self.info.kv_groups[group].block_bytes:
+            raise KVError("a block of another size is restored")
+        parts = np.frombuffer(payload, np.int64).reshape(3, self.info.block_size)
+        for array, part in zip((self._tokens, self._positions, self._marks), parts, strict=True):
+            array[group][block] = part
 
     def _check_writes(self, plan: StepPlan) -> None:
         """No block that one entry writes is read by another."""

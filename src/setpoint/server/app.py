@@ -86,6 +86,14 @@ def _add_routes(app: FastAPI, context: ServerContext, endpoints: Endpoints, metr
     post("/detokenize", "detokenize", endpoints.detokenize, DetokenizeRequest)
     get("/v1/models", "models", endpoints.models)
     get("/v1/models/{name:path}", "model", endpoints.model)
+    app.add_api_route(
+        "/v1/sessions/{session_id}",
+        endpoints.delete_session,
+        methods=["DELETE"],
+        name="delete_session",
+        responses=_answers("application/json"),
+        response_class=Response,
+    )
     get("/server_info", "server_info", endpoints.server_info)
 
     async def version() -> Response:

@@ -22,6 +22,7 @@ from setpoint.server.generation import Generation, Job
 from setpoint.server.json_body import parse_object
 from setpoint.server.metrics import Metrics
 from setpoint.server.openai import (
+    NAME,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -153,6 +154,14 @@ class Endpoints:
             "max_model_len": self._context.max_model_len,
         }
 
+    # Sessions
+
+    async def delete_session(self, request: Request, session_id: str) -> Response:
+        tenant = request.scope.get("setpoint.tenant", "")
+        if not re.fullmatch(NAME, session_id) or not self._context.engine.delete_session(tenant, session_id):
+            raise ApiError("not_found", "There is no such session.", param="session_id")
+        return json_response({"id": session_id, "object": "session", "deleted": True})
+
     async def server_info(self) -> Response:
         context, settings = self._context, self._context.settings
         stats = context.engine.stats()
@@ -200,6 +209,9 @@ def _log_fields(generation: Generation, ending: str) -> dict[str, Any]:
     num_gaps = sum(num_tokens for _, num_tokens in timing.gaps)
     if num_gaps:
         fields["tpot_ms"] = round(sum(gap for gap, _ in timing.gaps) / num_gaps * 1e3, 3)
+    if generation.divergence is not None:  # never its text
+        fields["prefix_divergence"] = generation.divergence.cause
+        fields["prefix_divergence_token"] = generation.divergence.token_index
     if ending != "ok":
         fields["cancel_reason"] = ending
     if generation.job.tenant:

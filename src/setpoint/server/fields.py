@@ -28,8 +28,8 @@ from setpoint.server.openai import (
 )
 
 ALIASES: Final = {"rid": "request_id", "extra_key": "cache_salt"}
-# `user` and `session_id` are labels that nothing uses yet; the answer says so.
-IGNORED: Final = frozenset({"metadata", "service_tier", "safety_identifier", "store", "user", "session_id"})
+# `user` is a label that nothing uses yet; the answer says so.
+IGNORED: Final = frozenset({"metadata", "service_tier", "safety_identifier", "store", "user"})
 
 # name -> values that ask for nothing (null always does)
 UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {

@@ -31,11 +31,15 @@ class Form(Protocol):
 
 def usage(generation: Generation) -> dict[str, Any]:
     prompt, output = generation.num_prompt_tokens, generation.num_output_tokens
+    details: dict[str, Any] = {"cached_tokens": generation.num_cached_tokens}
+    divergence = generation.prefix_divergence()
+    if divergence is not None:
+        details["prefix_divergence"] = divergence
     return {
         "prompt_tokens": prompt,
         "completion_tokens": output,
         "total_tokens": prompt + output,
-        "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
+        "prompt_tokens_details": details,
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
 

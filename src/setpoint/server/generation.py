@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from setpoint.engine.constraint import Grammar
+from setpoint.engine.diagnosis import Divergence
 from setpoint.engine.events import Event, TokenLogprob
 from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
@@ -18,6 +19,8 @@ from setpoint.server.context import ServerContext
 from setpoint.server.errors import ApiError, as_api_error
 from setpoint.server.events import Inbox
 from setpoint.text.stream import TextStream
+
+EXCERPT_CHARS = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Job:
     prompts: Sequence[Prompt]
     priority: int = 0
     cache_salt: str = ""
+    session_id: str = ""
     tenant: str = ""
     stream: bool = False
     include_usage: bool = False
@@ -114,6 +118,7 @@ class Generation:
         self.job = job
         self.timing = Timing()
         self.num_cached_tokens = 0
+        self.divergence: Divergence | None = None  # of the first prompt that has one
         self.num_preemptions = 0
         self._context = context
         self._inbox = Inbox()
@@ -139,6 +144,7 @@ class Generation:
                         params=prompt.params,
                         priority=job.priority,
                         cache_salt=job.cache_salt,
+                        session_id=job.session_id,
                         tenant=job.tenant,
                         eos_token_ids=context.tokenizer.eos_token_ids,
                         grammar=job.grammar,
@@ -190,6 +196,7 @@ class Generation:
         if event.token_ids:
             if choice.num_tokens == 0 and event.index == 0:
                 self.num_cached_tokens += event.num_cached_tokens
+                self.divergence = self.divergence or event.divergence
             choice.last_token_time = event.time
         self.num_preemptions = max(self.num_preemptions, event.num_preemptions)
         choice.held.append(self._piece(index, choice, event))
@@ -213,6 +220,22 @@ class Generation:
         choice.finish_reason = reason
         logprobs = tuple(event.logprobs or ())[: len(token_ids)]
         return Piece(index, delta.text, token_ids, logprobs, event.prompt_logprobs, reason, stop_reason)
+
+    def prefix_divergence(self) -> dict[str, object] | None:
+        """Where the prompt stopped being what its session had, for its owner: never for a log."""
+        found = self.divergence
+        if found is None:
+            return None
+        body: dict[str, object] = {
+            "cause": found.cause,
+            "token_index": found.token_index,
+            "lost_tokens": found.num_lost_tokens,
+        }
+        if found.cause == "text":
+            decode = self._context.tokenizer.decode
+            for name, ids in (("expected", found.expected), ("found", found.found)):
+                body[name] = decode(list(ids), skip_special_tokens=False)[:EXCERPT_CHARS]
+        return body
 
     @property
     def is_finished(self) -> bool:

@@ -161,6 +161,8 @@ class _EngineCollector(Collector):
             ("setpoint_queue_oldest_age_seconds", "Age of the oldest waiting request.", stats.oldest_queue_age_s),
             ("setpoint_engine_heartbeat_age_seconds", "Since the engine loop last advanced.", stats.heartbeat_age_s),
             ("setpoint_kv_blocks_leaked", "Blocks used by no sequence; must be 0.", stats.kv_blocks_leaked),
+            ("setpoint_sessions", "Sessions whose prefixes are kept.", stats.num_sessions),
+            ("setpoint_kv_host_bytes", "KV blocks in host memory, below the cache.", stats.host_tier_bytes),
         ):
             yield self._family(GaugeMetricFamily, name, text, value)
         reasons = {"capacity": stats.num_waiting, "deferred": stats.num_deferred}
@@ -170,9 +172,14 @@ class _EngineCollector(Collector):
 
     def _counters(self, stats: EngineStats) -> Iterator[Metric]:
         totals = stats.counters
+        over_budget = stats.num_sessions_over_budget
         for name, text, value in (
             ("vllm:prefix_cache_queries", "Prompt tokens looked up.", totals.prefix_queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found.", totals.prefix_hits),
+            ("vllm:external_prefix_cache_queries", "Prompt tokens looked up below it.", totals.external_queries),
+            ("vllm:external_prefix_cache_hits", "Prompt tokens restored.", totals.external_hits),
+            ("setpoint_sessions_expired", "Sessions unused for too long.", stats.num_sessions_expired),
+            ("setpoint_sessions_over_budget", "Sessions that their tenant had no share left for.", over_budget),
             ("vllm:num_preemptions", "Preemptions.", totals.preemptions),
             ("vllm:prompt_tokens", "Prompt tokens of admitted requests.", totals.prompt_tokens),
             ("vllm:prompt_tokens_cached", "Of these, cached.", totals.prompt_tokens_cached),
@@ -184,13 +191,20 @@ class _EngineCollector(Collector):
         if totals.speculation.methods:
             yield from self._speculation(totals.speculation)
         cached = totals.prompt_tokens_cached
-        sources = {"local_compute": totals.prompt_tokens - cached, "local_cache_hit": cached}
+        restored = totals.prompt_tokens_restored
+        sources = {
+            "local_compute": totals.prompt_tokens - cached,
+            "local_cache_hit": cached - restored,
+            "external_kv_transfer": restored,
+        }
         yield self._split(
             CounterMetricFamily, "vllm:prompt_tokens_by_source", "Prompt tokens, by source.", "source", sources
         )
         yield self._split(
             CounterMetricFamily, "vllm:admission_rejections", "Refused by the engine.", "reason", stats.rejected
         )
+        missed = "Prompts that found less than their session had, by why."
+        yield self._split(CounterMetricFamily, "setpoint_prefix_divergences", missed, "cause", totals.divergences)
         ended_early = "Requests ended before their time, by where they stood."
         yield self._split(
             CounterMetricFamily, "setpoint_requests_aborted", ended_early, "state", totals.aborted_by_state

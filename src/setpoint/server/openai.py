@@ -141,6 +141,7 @@ class GenerationFields(ModelField):
     priority: Annotated[int, Field(ge=-128, le=127)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[ -~]+$")] | None = None
     request_id: Name | None = None
+    session_id: Name | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 

@@ -196,6 +196,7 @@ def _job(
         prompts=[Prompt(ids, _resolve(context, params, ids, param), text) for text, ids in prompts],
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
+        session_id=body.session_id or "",
         tenant=tenant,
         stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from setpoint.engine.plan import KVGroup
@@ -9,6 +10,7 @@ from setpoint.errors import ConfigError
 from setpoint.models.spec import Model
 
 BLOCK_TOKENS = 16
+FORMAT_VERSION = 1  # of the record that Program.read_kv makes
 ELEMENT_BYTES = {"s16": 2, "f16": 2, "bf16": 2, "f32": 4}
 SCALE_BYTES = {"s16": 4}  # of a token's K or V of one head
 
@@ -68,8 +70,18 @@ def divide(shapes: list[GroupShape], num_bytes: int, max_num_seqs: int) -> tuple
     counts = blocks_for(low)
     if spare := num_bytes - bytes_of(counts):  # everything fits: the rest keeps more prefixes
         counts = [count + max(0, spare) * count // bytes_of(counts) for count in counts]
-    return tuple(KVGroup(count, shape.window) for count, shape in zip(counts, shapes, strict=True))
+    return tuple(KVGroup(count, shape.window, shape.block_bytes) for count, shape in zip(counts, shapes, strict=True))
 
 
 def _blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_TOKENS)
+
+
+def kv_fingerprint(model: Model, weights: str, dtype: str, kv_dtype: str, numeric_version: int) -> str:
+    """Of everything that a block's bytes depend on besides its tokens: saved blocks of another one are not read.
+
+    `weights` is the checkpoint's digest, the model tree holds shapes, windows and rope. Instruction set and threads are
+    not in it: they change no bit (decision 1).
+    """
+    parts = (FORMAT_VERSION, numeric_version, BLOCK_TOKENS, dtype, kv_dtype, weights, repr(model))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -22,7 +22,7 @@ from setpoint.errors import ConfigError, EngineError
 from setpoint.loaders.checkpoint import Checkpoint
 from setpoint.models.spec import Model
 from setpoint.runtime.cpu.arrays import ROW_OUTPUT, StepArrays
-from setpoint.runtime.cpu.kv_layout import BLOCK_TOKENS, divide, group_shapes
+from setpoint.runtime.cpu.kv_layout import BLOCK_TOKENS, divide, group_shapes, kv_fingerprint
 from setpoint.runtime.cpu.lower import ProgramOptions, lower
 from setpoint.runtime.cpu.weight_cache import WeightCache
 from setpoint.runtime.cpu.weight_loading import WeightLoading
@@ -35,6 +35,10 @@ def _finish_loading(program: _native.Program, tokens: NDArray[np.int32], is_cach
     """Bytes of the head's shortlist: 0 for none."""
     program.commit_kv()
     return program.take_up_shortlist() if is_cached else program.shorten_head(tokens)
+
+
+def _fingerprint(model: Model, checkpoint: Checkpoint, dtype: str, kv_dtype: str) -> str:
+    return kv_fingerprint(model, checkpoint.digest(), dtype, kv_dtype, _native.NUMERIC_VERSION)
 
 
 class CpuRunner:
@@ -63,6 +67,7 @@ class CpuRunner:
         self.program = lowered.program
         self.isa: str = lowered.program.isa
         self._info = RunnerInfo(model.vocab_size, max_model_len, groups, BLOCK_TOKENS)
+        self._identity = partial(_fingerprint, model, checkpoint, dtype, kv_dtype)
         try:
             self._arrays = StepArrays(len(groups), max_num_seqs, max_model_len, BLOCK_TOKENS)
         except MemoryError as error:
@@ -97,15 +102,35 @@ class CpuRunner:
     def info(self) -> RunnerInfo:
         return self._info
 
+    def kv_fingerprint(self) -> str:
+        """Of everything that the bytes of a KV block depend on besides its tokens."""
+        return self._identity()
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Entries that are malformed fail alone; raises EngineError when the step as a whole cannot run."""
+        saved = self._move(plan) if plan.saves or plan.restores else ()
         if not plan.entries:
-            return StepResult()
+            return StepResult((), saved)
         try:
             self._run(plan.entries)
         except _BAD_INPUT as error:
-            return self._execute_sound(plan, error)
-        return StepResult(self._results(plan.entries))
+            return StepResult(self._execute_sound(plan, error).entries, saved)
+        return StepResult(self._results(plan.entries), saved)
+
+    def _move(self, plan: StepPlan) -> list[bytes | None]:
+        """Raises EngineError when a block cannot be written; one that cannot be read is not saved."""
+        saved: list[bytes | None] = []
+        for save in plan.saves:
+            try:
+                saved.append(self.program.read_kv(save.group, save.block))
+            except MemoryError:
+                saved.append(None)
+        try:
+            for restore in plan.restores:
+                self.program.write_kv(restore.group, restore.block, restore.payload)
+        except ValueError as error:
+            raise EngineError(f"a KV block cannot be restored: {error}") from error
+        return saved
 
     def logits(self, plan: StepPlan) -> NDArray[np.float32]:
         """Raw logits [rows, vocab] of the plan's rows. Raises ValueError on a malformed plan."""

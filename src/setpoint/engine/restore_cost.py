@@ -1,0 +1,57 @@
+"""What it costs to compute a prefix again, and what to read it back: measured while the engine runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FEWEST_TOKENS = 32  # of a step that says something about the price of a prompt's token
+FEWEST_BYTES = 1 << 16  # of a read that says something about a bandwidth
+WEIGHT = 0.2  # of a new reading
+STALL_S = 0.005  # restores may take so long of a step that others wait for
+ALONE_S = 0.1  # and so long of one that computes nothing for others
+EVICT_S = 0.025  # copies of what the pool loses; a step that takes many blocks computes for long anyway
+BEHIND_S = 0.001  # copies that could as well be made later, beside others
+IDLE_S = 0.005  # and in an engine without work
+
+
+@dataclass(slots=True)
+class RestoreCost:
+    """Rates, as moving averages of what was observed. Before that: priors, and computing counts as dear.
+
+    `learns=False` keeps them as given, for tests and simulations.
+    """
+
+    compute_s_per_token: float | None = None  # None = not known yet: reading is tried, and measured
+    memory_bytes_per_s: float = 2e9
+    disk_bytes_per_s: float = 3e8
+    learns: bool = True
+
+    def saved_s(self, num_tokens: int) -> float:
+        """What computing these tokens would take."""
+        per_token = 1.0 if self.compute_s_per_token is None else self.compute_s_per_token
+        return num_tokens * per_token
+
+    def read_s(self, memory_bytes: int, disk_bytes: int) -> float:
+        """What restoring takes: everything is copied into the pool, a part is read from disk before that."""
+        return (memory_bytes + disk_bytes) / self.memory_bytes_per_s + disk_bytes / self.disk_bytes_per_s
+
+    def bytes_in(self, seconds: float) -> int:
+        """What can be copied between pool and memory meanwhile."""
+        return int(self.memory_bytes_per_s * seconds)
+
+    def observe_step(self, num_tokens: int, seconds: float) -> None:
+        if self.learns and num_tokens >= FEWEST_TOKENS and seconds > 0:
+            self.compute_s_per_token = _average(self.compute_s_per_token, seconds / num_tokens)
+
+    def observe_move(self, num_bytes: int, seconds: float) -> None:
+        """Copies between the pool and memory."""
+        if self.learns and num_bytes >= FEWEST_BYTES and seconds > 0:
+            self.memory_bytes_per_s = _average(self.memory_bytes_per_s, num_bytes / seconds)
+
+    def observe_disk(self, num_bytes: int, seconds: float) -> None:
+        if self.learns and num_bytes >= FEWEST_BYTES and seconds > 0:
+            self.disk_bytes_per_s = _average(self.disk_bytes_per_s, num_bytes / seconds)
+
+
+def _average(old: float | None, new: float) -> float:
+    return new if old is None else old + WEIGHT * (new - old)

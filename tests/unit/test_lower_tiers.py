@@ -1,0 +1,166 @@
+"""Blocks below the pool: what comes back is what was lost, where it pays, and never anything else."""
+
+from __future__ import annotations
+
+import pytest
+from engine_support import Harness, request, solo
+from tier_support import Attic, fixed_cost, tiers
+
+from setpoint.engine.lower_tiers import LowerTiers
+from setpoint.engine.plan import RunnerInfo, StepPlan, StepResult
+from setpoint.engine.request import Request
+from setpoint.runtime.fake import fake_info
+
+INFO = fake_info(num_blocks=8, block_size=4, max_model_len=32)
+WINDOWED = fake_info(num_blocks=8, block_size=4, max_model_len=32, windows=(None, 6))
+PROMPT = list(range(1, 18))  # four full blocks and one token
+
+
+def again(name: str = "again", prompt: list[int] = PROMPT, **fields: object) -> Request:
+    return request(name, prompt, **{"max_tokens": 4, "temperature": 1.0, **fields})
+
+
+def run(harness: Harness, item: Request) -> int:
+    """Serve it to its end, compare with the oracle; returns its cached tokens."""
+    harness.add(item)
+    harness.run()
+    for key, expected in solo(item, harness.info).items():
+        assert harness.outputs()[key] == expected
+    return harness.last(item.request_id).num_cached_tokens
+
+
+def crowd_out(harness: Harness, num: int = 3) -> None:
+    """Other prompts take every block of the pool."""
+    for number in range(num):
+        run(harness, again(f"other-{number}-{harness.now}", [100 + 30 * number + i for i in range(24)]))
+
+
+@pytest.mark.parametrize("info", [INFO, WINDOWED], ids=["full", "windowed"])
+def test_what_the_pool_loses_comes_back_from_memory(info: RunnerInfo) -> None:
+    harness = Harness(info, lower=tiers(info, host_blocks=100))
+    assert run(harness, again("first")) == 0
+    crowd_out(harness)
+    assert run(harness, again()) == 16
+    assert sum(len(plan.restores) for plan in harness.plans) == 4 if info is INFO else 6
+    counters = harness.scheduler.counters
+    assert counters.external_hits == counters.prompt_tokens_restored == 16
+
+
+@pytest.mark.parametrize("info", [INFO, WINDOWED], ids=["full", "windowed"])
+@pytest.mark.parametrize("delay", [0, 3])
+def test_what_a_process_wrote_behind_comes_back_in_the_next(info: RunnerInfo, delay: int) -> None:
+    disk = Attic(delay)
+    first = Harness(info, lower=tiers(info, disk=disk))
+    run(first, again("first"))
+    while first.scheduler.num_unsaved:
+        first.step()
+    second = Harness(info, lower=tiers(info, disk=disk))
+    assert run(second, again()) == 16
+    assert disk.num_fetched >= 4
+
+
+def test_nothing_is_kept_or_looked_for_when_both_are_off() -> None:
+    harness = Harness(INFO)
+    run(harness, again("first"))
+    crowd_out(harness)
+    assert run(harness, again()) == 0
+    assert not any(plan.saves or plan.restores for plan in harness.plans)
+
+
+def test_a_host_budget_of_two_blocks_holds_the_beginning_of_a_prefix_longest() -> None:
+    harness = Harness(INFO, lower=tiers(INFO, host_blocks=2))
+    run(harness, again("first"))
+    host = harness.scheduler.kv.lower.host  # type: ignore[union-attr]
+    other = again("other", [100 + i for i in range(17)])
+    run(harness, other)
+    assert len(host) <= 2
+    harness.scheduler.check_integrity()
+
+
+def test_reading_that_costs_more_than_computing_is_left_alone() -> None:
+    dear = fixed_cost(INFO, compute_s_per_token=1e-9)
+    harness = Harness(INFO, lower=tiers(INFO, host_blocks=100, disk=Attic(), cost=dear))
+    run(harness, again("first"))
+    crowd_out(harness)
+    assert run(harness, again()) == 0
+    assert not any(plan.restores for plan in harness.plans)
+
+
+def test_a_sequence_waits_for_the_disk_no_longer_than_computing_takes() -> None:
+    disk = Attic()
+    first = Harness(INFO, lower=tiers(INFO, disk=disk))
+    run(first, again("first"))
+    while first.scheduler.num_unsaved:
+        first.step()
+    disk.delay = 10**9
+    second = Harness(INFO, lower=tiers(INFO, disk=disk, cost=fixed_cost(INFO, compute_s_per_token=0.25)))
+    assert run(second, again()) == 0  # 16 tokens take 4 s, a step is one second
+    empty = [plan for plan in second.plans if not plan.entries]
+    assert 3 <= len(empty) <= 5
+
+
+def test_those_behind_it_go_on_while_one_waits_for_the_disk() -> None:
+    disk = Attic()
+    first = Harness(INFO, lower=tiers(INFO, disk=disk))
+    run(first, again("first"))
+    while first.scheduler.num_unsaved:
+        first.step()
+    disk.delay = 10**9
+    second = Harness(INFO, lower=tiers(INFO, disk=disk))
+    second.add(again("slow"))
+    second.add(again("quick", [200, 201, 202]))
+    second.step()
+    assert [seq.owner.request.request_id for seq in second.scheduler.running] == ["quick"]
+    second.run()
+
+
+def test_restores_are_bounded_in_every_step_and_others_decode_meanwhile() -> None:
+    info = fake_info(num_blocks=40, block_size=4, max_model_len=128)
+    cost = fixed_cost(info, blocks_per_step=1.5)
+    harness = Harness(info, lower=tiers(info, host_blocks=300, cost=cost), max_num_batched_tokens=16)
+    long = again("first", [7 * i % 250 for i in range(81)])
+    run(harness, long)
+    for number in range(6):
+        run(harness, again(f"o{number}", [(number * 40 + i) % 250 for i in range(100)]))
+    harness.add(again("neighbour", [1, 2, 3], max_tokens=40))
+    harness.step()
+    harness.add(again("again", long.prompt_token_ids))
+    before = len(harness.plans)
+    harness.run()
+    restoring = [plan for plan in harness.plans[before:] if plan.restores]
+    assert len(restoring) == 10
+    assert all(len(plan.restores) == 2 and plan.entries for plan in restoring)
+    assert harness.outputs()["again", 0] == solo(again("again", long.prompt_token_ids), info)["again", 0]
+
+
+def test_blocks_that_cannot_be_written_are_computed_and_the_tiers_are_left_alone() -> None:
+    harness = Harness(INFO, lower=tiers(INFO, host_blocks=100))
+    run(harness, again("first"))
+    crowd_out(harness)
+    harness.add(again())
+    scheduler = harness.scheduler
+    plan = scheduler.schedule(100.0)
+    assert plan.restores
+    unrestored = frozenset(move.seq_id for move in plan.restores)
+    scheduler.commit(plan, StepResult([], unrestored=unrestored), 100.0)
+    scheduler.check_integrity()
+    harness.runner.execute(StepPlan((), plan.saves))
+    harness.run()
+    assert harness.outputs()["again", 0] == solo(again(), INFO)["again", 0]
+    assert not any(plan.restores for plan in harness.plans[-4:])
+
+
+def test_a_wrong_restore_does_not_go_unnoticed() -> None:
+    """The negative control of everything here: bytes of another block change the output, or raise."""
+    harness = Harness(INFO, lower=tiers(INFO, host_blocks=100))
+    run(harness, again("first"))
+    crowd_out(harness)
+    lower = harness.scheduler.kv.lower
+    assert isinstance(lower, LowerTiers)
+    records = lower.host._records
+    payloads = [record.payload for record in records.values()]
+    for name, payload in zip(list(records), payloads[1:] + payloads[:1], strict=True):
+        object.__setattr__(records[name], "payload", payload)
+    harness.add(again())
+    with pytest.raises(AssertionError):  # KVError, or another output
+        assert harness.run()["again", 0] == solo(again(), INFO)["again", 0]
