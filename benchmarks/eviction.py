@@ -11,13 +11,14 @@ Belady's rule, which knows the future. Pure simulation: no timing, same numbers 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
-from eviction_orders import Clairvoyant, Ghosts, Hazard, LeastRecent, LeastUsed, Segmented
+from eviction_orders import AgesByBranch, AgesByUse, Clairvoyant, Ghosts, Hazard, LeastRecent, LeastUsed, Segmented
 from reuse_traces import BLOCK_TOKENS, SESSIONS, blocks_of, synthesise
 from setpoint.engine.eviction import EvictionOrder
 
@@ -30,7 +31,7 @@ class Engine:
     def __init__(self, capacity: int) -> None:
         self._order = EvictionOrder()
 
-    def push(self, block: int, uses: int) -> None:
+    def push(self, block: int, uses: int, is_shared: bool) -> None:
         self._order.push(block)
 
     def remove(self, block: int) -> None:
@@ -53,6 +54,12 @@ ORDERS: dict[str, Callable[[int], Any]] = {
     "ghosts 0.3": lambda capacity: Ghosts(capacity, 0.3),
     "hazard": Hazard,
     "hazard, no ghosts": lambda capacity: Hazard(capacity, ghosts=0.0),
+    "ages by use 1 2 4 8": lambda capacity: AgesByUse((1, 2, 4, 8)),
+    "ages by use 1 1.5 2 3": lambda capacity: AgesByUse((1, 1.5, 2, 3)),
+    "ages by branch 2": lambda capacity: AgesByBranch((1, 2)),
+    "ages by branch 4": lambda capacity: AgesByBranch((1, 4)),
+    "ages by branch 8": lambda capacity: AgesByBranch((1, 8)),
+    "ages by branch 16": lambda capacity: AgesByBranch((1, 16)),
     "clairvoyant": Clairvoyant,
 }
 
@@ -70,6 +77,8 @@ def next_uses(requests: list[list[int]]) -> list[list[float]]:
 def simulate(requests: list[list[int]], following: list[list[float]], capacity: int, order: Any) -> tuple[int, float]:
     """(blocks found, seconds an operation). A request holds its blocks only for the moment of its arrival."""
     uses: dict[int, int] = {}
+    child: dict[int, int] = {}  # the first that went on from a block
+    shared: set[int] = set()
     num_found = operations = 0
     began = time.perf_counter()
     for number, whole in enumerate(requests):
@@ -86,13 +95,19 @@ def simulate(requests: list[list[int]], following: list[list[float]], capacity: 
                 added[block] = uses.pop(block)
                 continue
             if len(uses) + len(added) >= capacity:
-                del uses[order.pop()]
+                lost = order.pop()
+                del uses[lost]
+                child.pop(lost, None)
+                shared.discard(lost)
             added[block] = order.known_uses(block)
         uses.update(added)
         if isinstance(order, Clairvoyant):
             order.next_use.update(zip(blocks, following[number], strict=False))
+        for parent, block in itertools.pairwise(blocks):
+            if child.setdefault(parent, block) != block and parent not in shared:
+                shared.update(blocks[: blocks.index(parent) + 1])
         for block in reversed(blocks):
-            order.push(block, uses[block])
+            order.push(block, uses[block], block in shared)
         operations += 2 * len(blocks)
     return num_found, (time.perf_counter() - began) / operations
 

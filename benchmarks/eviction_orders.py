@@ -1,7 +1,8 @@
 """Orders of eviction that were tried beside `setpoint.engine.eviction`, and the best that could be (`Clairvoyant`).
 
-`push(block, uses)`: its last user is gone, `uses` times it was found again so far. `remove`: found again. `pop`: the
-one to give up. `known_uses`: of a block that was given up, what is still remembered.
+`push(block, uses, is_shared)`: its last user is gone, `uses` times it was found again so far; shared are blocks that
+different prompts went on from. `remove`: found again. `pop`: the one to give up. `known_uses`: of a block that was
+given up, what is still remembered.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Protocol
 
 
 class Order(Protocol):
-    def push(self, block: int, uses: int) -> None: ...
+    def push(self, block: int, uses: int, is_shared: bool) -> None: ...
     def remove(self, block: int) -> None: ...
     def pop(self) -> int: ...
     def known_uses(self, block: int) -> int: ...
@@ -45,7 +46,7 @@ class LeastRecent(_Queues):
     def __init__(self, capacity: int) -> None:
         super().__init__(1)
 
-    def push(self, block: int, uses: int) -> None:
+    def push(self, block: int, uses: int, is_shared: bool) -> None:
         self.put(block, 0)
 
     def pop(self) -> int:
@@ -59,7 +60,7 @@ class Segmented(_Queues):
         super().__init__(2)
         self.limit = int(capacity * share)
 
-    def push(self, block: int, uses: int) -> None:
+    def push(self, block: int, uses: int, is_shared: bool) -> None:
         self.put(block, 1 if uses else 0)
         while len(self.queues[1]) > self.limit:
             self.put(self.take_from(1), 0)
@@ -74,7 +75,7 @@ class LeastUsed(_Queues):
     def __init__(self, capacity: int) -> None:
         super().__init__(8)
 
-    def push(self, block: int, uses: int) -> None:
+    def push(self, block: int, uses: int, is_shared: bool) -> None:
         self.put(block, min(uses, 7))
 
     def pop(self) -> int:
@@ -90,7 +91,7 @@ class Ghosts(_Queues):
         self.ghosts: OrderedDict[int, int] = OrderedDict()
         self.capacity = capacity
 
-    def push(self, block: int, uses: int) -> None:
+    def push(self, block: int, uses: int, is_shared: bool) -> None:
         self.put(block, 1 if uses else 0, uses)
 
     def pop(self) -> int:
@@ -124,7 +125,7 @@ class Hazard(_Queues):
         self.ghosts: OrderedDict[int, tuple[int, int]] = OrderedDict()
         self.num_ghosts = int(capacity * ghosts)
 
-    def push(self, block: int, uses: int) -> None:
+    def push(self, block: int, uses: int, is_shared: bool) -> None:
         self.put(block, min(uses, self.classes - 1), self.now)
 
     def remove(self, block: int) -> int:
@@ -180,6 +181,45 @@ class Hazard(_Queues):
                 counts[:] = [count / 2 for count in counts]
 
 
+class AgesByClass(_Queues):
+    """The block that is oldest for its class: ages, in blocks handed out, are divided by the class's weight."""
+
+    def __init__(self, weights: tuple[float, ...]) -> None:
+        super().__init__(len(weights))
+        self.weights = weights
+        self.now = 0
+
+    def push(self, block: int, uses: int, is_shared: bool) -> None:
+        self.put(block, self.class_of(uses, is_shared), self.now)
+
+    def class_of(self, uses: int, is_shared: bool) -> int:
+        raise NotImplementedError
+
+    def pop(self) -> int:
+        self.now += 1
+        best, oldest = -1, -1.0
+        for index, queue in enumerate(self.queues):
+            if queue:
+                age = (self.now - next(iter(queue.values()))) / self.weights[index]
+                if age > oldest:
+                    best, oldest = index, age
+        return self.take_from(best)
+
+
+class AgesByUse(AgesByClass):
+    """Classes by how often a block was found again."""
+
+    def class_of(self, uses: int, is_shared: bool) -> int:
+        return min(uses, len(self.weights) - 1)
+
+
+class AgesByBranch(AgesByClass):
+    """Two classes: blocks that different prompts went on from, and those of one line of turns."""
+
+    def class_of(self, uses: int, is_shared: bool) -> int:
+        return int(is_shared)
+
+
 class Clairvoyant:
     """Belady's: the block that is needed again last. `next_use` is kept by the simulation."""
 
@@ -189,7 +229,7 @@ class Clairvoyant:
         self.present: dict[int, int] = {}
         self.stamp = 0
 
-    def push(self, block: int, uses: int) -> None:
+    def push(self, block: int, uses: int, is_shared: bool) -> None:
         self.stamp += 1
         self.present[block] = self.stamp
         heapq.heappush(self.heap, (-self.next_use.get(block, float("inf")), self.stamp, block))

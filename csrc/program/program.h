@@ -81,7 +81,7 @@ class Program {
   size_t kv_block_bytes(int group) const { return kv_.block_bytes(group); }
   void read_kv(int group, int block, uint8_t* out, size_t size);
   void write_kv(int group, int block, const uint8_t* in, size_t size);
-  size_t slot_bytes() const;                    // of what a step works in, as far as that grows with the largest step
+  size_t slot_bytes() const;  // of what a step works in, as far as that grows with the largest step
 
   // Whether a step waits for all its threads before it starts. For tests: it
   // would else begin with those that are awake.

@@ -18,6 +18,7 @@ import openai
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from setpoint.engine.engine import Engine
+from setpoint.engine.lower_tiers import LowerTiers
 from setpoint.engine.plan import Runner
 from setpoint.engine.scheduler import DraftPlanner, Scheduler, SchedulerLimits
 from setpoint.grammar.compiler import GrammarCompiler
@@ -93,6 +94,7 @@ class House:
         keys: KeyRing | None = None,
         limits: SchedulerLimits | None = None,
         speculator: DraftPlanner | None = None,
+        host_bytes: int = 0,
         faults: Callable[[str, str], None] | None = None,
         runner: Runner | None = None,
         template: str | None = TEMPLATE,
@@ -102,7 +104,8 @@ class House:
         info = fake_info(vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN, num_blocks=num_blocks)
         self.runner = runner or FakeRunner(info, next_token, step_s=step_s)
         self.router = EventRouter()
-        scheduler = Scheduler(info, limits, seed=1, speculator=speculator)
+        lower = LowerTiers(info, host_bytes=host_bytes) if host_bytes else None
+        scheduler = Scheduler(info, limits, seed=1, speculator=speculator, lower=lower)
         self.engine = Engine(scheduler, self.runner, self.router.deliver, faults=faults)
         self.log = io.StringIO()
         self.context = ServerContext(

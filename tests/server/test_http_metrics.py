@@ -26,6 +26,8 @@ GAUGES = {
     "setpoint_queue_oldest_age_seconds": "oldest_queue_age_s",
     "setpoint_engine_heartbeat_age_seconds": "heartbeat_age_s",
     "setpoint_kv_blocks_leaked": "kv_blocks_leaked",
+    "setpoint_sessions": "num_sessions",
+    "setpoint_kv_host_bytes": "host_tier_bytes",
 }
 
 
@@ -55,14 +57,25 @@ def busy_hour(house: House) -> list[socket.socket]:
     return socks
 
 
+def agents(house: House) -> None:
+    """Two sessions that one of their prompts tells apart, and that cannot both be kept."""
+    for name in ("first", "second"):
+        for day in ("Monday", "Tuesday"):
+            prompt = f"{name} agent: " + "look at this and that, " * 6 + day + ", go on with that" * 4
+            assert house.post(PATH, completion(prompt, max_tokens=2, session_id=name)).status_code == 200
+
+
 def test_every_metric_moves() -> None:
-    limits = SchedulerLimits(max_num_seqs=3, max_num_queued_reqs=3)
-    with House(num_blocks=80, limits=limits, step_s=0.001) as house:
+    limits = SchedulerLimits(max_num_seqs=3, max_num_queued_reqs=3, session_ttl_s=0.2, session_share=0.1)
+    with House(num_blocks=80, limits=limits, step_s=0.001, host_bytes=1 << 24) as house:
         before = house.metrics()
+        agents(house)
         socks = busy_hour(house)
         during = house.metrics()
         until(lambda: house.engine.stats().num_waiting == 0, 30)
         until(lambda: house.is_quiet, 30)
+        agents(house)  # what the pool has lost meanwhile
+        until(lambda: house.engine.stats().num_sessions_expired > 0)
         after = house.metrics()
         for sock in socks:
             sock.close()

@@ -3,11 +3,11 @@ and restarts. Tokens are those of a lone run without any cache."""
 
 from __future__ import annotations
 
-from engine_support import Harness, scaled
+from engine_support import AlwaysDraft, Harness, scaled
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
-from test_scheduler_state import VOCABULARY, Parrot, SchedulerMachine, assert_outputs
+from test_scheduler_state import VOCABULARY, SchedulerMachine, assert_outputs, parrot
 from tier_support import Attic, fixed_cost, tiers
 
 from setpoint.runtime.fake import fake_info
@@ -54,7 +54,7 @@ class TieredMachine(SchedulerMachine):
     def start(self) -> None:
         self.harness = Harness(
             self.info,
-            drafter=Parrot() if self.limits["max_drafts"] else None,
+            speculator=AlwaysDraft(parrot) if self.limits["max_drafts"] else None,
             lower=tiers(self.info, host_blocks=self.host_blocks, disk=self.disk, cost=self.cost),
             **self.limits,
         )

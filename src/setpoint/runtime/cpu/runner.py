@@ -119,6 +119,7 @@ class CpuRunner:
 
     def _move(self, plan: StepPlan) -> list[bytes | None]:
         """Raises EngineError when a block cannot be written; one that cannot be read is not saved."""
+        self._ensure_loaded()  # loading computes in the first blocks
         saved: list[bytes | None] = []
         for save in plan.saves:
             try:
@@ -149,9 +150,12 @@ class CpuRunner:
         self.loading.close()
         del self.program, self._outputs, self._tokens, self._finite
 
-    def _run(self, entries: Sequence[PlanEntry], logits: NDArray[np.float32] | None = None) -> None:
+    def _ensure_loaded(self) -> None:
         if not self._is_loaded:
             self.wait_for_weights()
+
+    def _run(self, entries: Sequence[PlanEntry], logits: NDArray[np.float32] | None = None) -> None:
+        self._ensure_loaded()
         self._arrays.load(entries, logits)
         self.program.step(*self._arrays.arguments)
 
