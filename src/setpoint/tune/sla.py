@@ -1,0 +1,139 @@
+"""Service level agreements: `ttft.p95<200ms,tpot.p95<30ms`, and whether measured requests keep one.
+
+A term holds when the statistic over *all* arrivals is below its bound: a request that was refused, failed or came too
+late for the client counts as infinitely slow. `error.rate` is the share of arrivals that gave no whole answer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from setpoint.errors import ConfigError
+
+METRICS = ("ttft", "tpot", "itl", "stall", "e2e")
+PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
+STATISTICS = (*PERCENTILES, "mean", "max")
+_UNITS = {"ms": 1e-3, "s": 1.0, "us": 1e-6}
+_TERM = re.compile(r"([a-z0-9]+)\.([a-z0-9]+)\s*<\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|us|s|%)")
+MAX_TERMS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One request as its client saw it; times in seconds since it should have been sent."""
+
+    ttft_s: float
+    e2e_s: float
+    output_tokens: int
+    gaps_s: tuple[float, ...] = ()  # between deliveries; tokens that come together share one
+    ok: bool = True  # a whole answer
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Undefined for an answer of one token."""
+        return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+    @property
+    def stall_s(self) -> float:
+        """The longest gap."""
+        return max(self.gaps_s, default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    metric: str
+    statistic: str
+    bound: float  # seconds, or a share for error.rate
+
+    def __str__(self) -> str:
+        if self.metric == "error":
+            return f"error.rate<{self.bound * 100:g}%"
+        return f"{self.metric}.{self.statistic}<{self.bound * 1e3:g}ms"
+
+    def value(self, timings: Sequence[Timing]) -> float:
+        """The statistic; inf where misses reach into it."""
+        if self.metric == "error":
+            return sum(not timing.ok for timing in timings) / len(timings)
+        values = np.asarray([value for timing in timings for value in _values(timing, self.metric)], np.float64)
+        if not len(values):
+            return 0.0
+        if self.statistic == "mean":
+            return float(values.mean())
+        if self.statistic == "max":
+            return float(values.max())
+        # The smallest value that the share of arrivals reaches: P(X <= value) >= p, without interpolation to inf.
+        return float(np.sort(values)[math.ceil(PERCENTILES[self.statistic] / 100 * len(values)) - 1])
+
+    def met_by(self, timing: Timing) -> bool:
+        """Whether one request meets this bound by itself."""
+        if self.metric == "error":
+            return timing.ok
+        return all(value < self.bound for value in _values(timing, self.metric))
+
+
+@dataclass(frozen=True, slots=True)
+class Sla:
+    terms: tuple[Term, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Sla:
+        """Raises ConfigError naming the term."""
+        parts = [part.strip() for part in text.split(",")]
+        if not text.strip() or len(parts) > MAX_TERMS:
+            raise ConfigError(f"an SLA has 1 to {MAX_TERMS} terms, such as ttft.p95<200ms,tpot.p95<30ms")
+        terms = tuple(_term(part) for part in parts)
+        names = [(term.metric, term.statistic) for term in terms]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"the SLA {text[:200]!r} bounds the same statistic twice")
+        return cls(terms)
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.terms))
+
+    def is_good(self, timing: Timing) -> bool:
+        """A whole answer that meets every bound by itself."""
+        return timing.ok and all(term.met_by(timing) for term in self.terms)
+
+    def attainment(self, timings: Sequence[Timing]) -> float:
+        """Good requests over arrivals."""
+        return sum(map(self.is_good, timings)) / len(timings)
+
+    def holds(self, timings: Sequence[Timing]) -> bool:
+        """Whether every term's statistic is below its bound."""
+        return all(term.value(timings) < term.bound for term in self.terms)
+
+
+def _values(timing: Timing, metric: str) -> Sequence[float]:
+    if metric == "itl":
+        return timing.gaps_s if timing.ok else (math.inf,)
+    if not timing.ok:
+        return (math.inf,)
+    if metric == "tpot":
+        return () if timing.tpot_s is None else (timing.tpot_s,)
+    return ({"ttft": timing.ttft_s, "stall": timing.stall_s, "e2e": timing.e2e_s}[metric],)
+
+
+def _term(text: str) -> Term:
+    found = _TERM.fullmatch(text)
+    if found is None:
+        raise ConfigError(f"the SLA term {text[:64]!r} is not of the form metric.statistic<value unit")
+    metric, statistic, number, unit = found.groups()
+    if metric == "error":
+        if statistic != "rate" or unit != "%":
+            raise ConfigError(f"the SLA term {text[:64]!r}: errors are bounded as error.rate<0.1%")
+        return Term(metric, statistic, float(number) / 100)
+    if metric not in METRICS:
+        raise ConfigError(f"the SLA term {text[:64]!r}: choose one of {', '.join(METRICS)}, error")
+    if statistic not in STATISTICS:
+        raise ConfigError(f"the SLA term {text[:64]!r}: choose one of {', '.join(STATISTICS)}")
+    if unit == "%":
+        raise ConfigError(f"the SLA term {text[:64]!r} needs a time: ms or s")
+    bound = float(number) * _UNITS[unit]
+    if bound <= 0:
+        raise ConfigError(f"the SLA term {text[:64]!r}: the bound must be above 0")
+    return Term(metric, statistic, bound)
