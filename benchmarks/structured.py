@@ -1,12 +1,13 @@
 """What structured output costs and whether it holds what it promises.
 
     python benchmarks/structured.py [--model smollm2-135m] [--parts compile,overhead,jump,valid] [--outputs 1000]
+        [--speculation off]
 
 compile: every schema of `structured_schemas.py` as a client's first request meets it (a trial in the worker process,
-then in the server), and from the cache. overhead: the same greedy tokens with a mask that forbids no text and without
-one, in turn; and the masks of real outputs alone. jump: the same outputs of compact JSON with forced tokens taken at
-once and drawn one by one, in turn; the tokens must be equal. valid: outputs of all schemas at temperature 1, in
-batches, each validated by the jsonschema library; those cut by max_tokens are counted apart. The last line is JSON.
+then in the server), and from the cache. overhead: greedy decoding without a mask, with one that forbids no text, and
+within JSON, in turn; and the masks of real outputs alone. jump: the same outputs of compact JSON with forced tokens
+taken at once and drawn one by one, in turn; the tokens must be equal. valid: outputs of all schemas at temperature 1,
+in batches, each validated by the jsonschema library; those cut by max_tokens are counted apart. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from setpoint.grammar.compiler import GrammarCompiler
 from structured_schemas import SCHEMAS
 
 MAX_TOKENS = 700
+ENDLESS = {"type": "array", "items": {"type": "object", "properties": {"text": {"type": "string"}}}, "minItems": 99}
 FORMATS = jsonschema.FormatChecker()
 
 
@@ -37,6 +39,7 @@ def prompt_of(name: str) -> str:
 def spread(values: list[float]) -> dict[str, float]:
     ordered = sorted(values)
     return {
+        "mean": round(statistics.fmean(ordered), 4),
         "p50": round(statistics.median(ordered), 4),
         "p99": round(ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], 4),
         "max": round(ordered[-1], 4),
@@ -91,24 +94,31 @@ def seconds_per_token(llm: LLM, batch: int, params: SamplingParams) -> tuple[flo
 
 
 def overhead(llm: LLM, repeat: int) -> dict[str, Any]:
-    """The price of a mask that forbids no text: every token pays for it in full."""
+    """Seconds a token without a mask, with one that forbids no text, and with those of JSON; one by one, no jumps."""
     plain = SamplingParams(temperature=0.0, max_tokens=96, ignore_eos=True)
-    masked = replace(plain, structured_outputs=StructuredOutputs(regex="(?s:.*)"))
+    variants = {
+        "plain": plain,
+        "any text": replace(plain, structured_outputs=StructuredOutputs(regex="(?s:.*)")),
+        "json": replace(plain, structured_outputs=StructuredOutputs(json=ENDLESS)),
+    }
+    set_jump(llm, False)
     result: dict[str, Any] = {}
     for batch in (1, 8, 32):
-        pairs = []
+        times: dict[str, list[float]] = {name: [] for name in variants}
+        tokens: dict[str, list[list[int]]] = {}
         for turn in range(repeat + 1):
-            (without, expected), (with_mask, found) = (seconds_per_token(llm, batch, p) for p in (plain, masked))
-            if turn:  # the first warms up
-                pairs.append((without, with_mask))
-        ratios = [after / before for before, after in pairs]
-        result[f"batch {batch}"] = {
-            "plain_ms": round(statistics.median(before for before, _ in pairs) * 1e3, 3),
-            "masked_ms": round(statistics.median(after for _, after in pairs) * 1e3, 3),
-            "ratio": round(statistics.median(ratios), 3),
-            "ratios": [round(ratio, 3) for ratio in ratios],
-            "same_tokens": expected == found,
-        }
+            for name, params in variants.items():
+                seconds, tokens[name] = seconds_per_token(llm, batch, params)
+                if turn:  # the first warms up
+                    times[name].append(seconds)
+        figures: dict[str, Any] = {f"{name} ms": round(statistics.median(t) * 1e3, 3) for name, t in times.items()}
+        for name in ("any text", "json"):
+            ratios = [after / before for before, after in zip(times["plain"], times[name], strict=True)]
+            figures[f"{name} ratio"] = round(statistics.median(ratios), 3)
+            figures[f"{name} ratios"] = [round(ratio, 3) for ratio in ratios]
+        figures["any text has the same tokens"] = tokens["plain"] == tokens["any text"]
+        result[f"batch {batch}"] = figures
+    set_jump(llm, True)
     return result
 
 
@@ -216,10 +226,22 @@ def main() -> None:
     parser.add_argument("--parts", default="compile,overhead,jump,valid")
     parser.add_argument("--outputs", type=int, default=1000)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--speculation", default="off", help="the method of --speculative-config")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
-    result: dict[str, Any] = {"benchmark": "structured", "model": arguments.model}
-    with LLM(arguments.model, max_model_len=1024, max_num_seqs=32, enable_prefix_caching=False) as llm:
+    result: dict[str, Any] = {
+        "benchmark": "structured",
+        "model": arguments.model,
+        "speculation": arguments.speculation,
+    }
+    speculation = json.dumps({"method": arguments.speculation})
+    with LLM(
+        arguments.model,
+        max_model_len=1024,
+        max_num_seqs=32,
+        enable_prefix_caching=False,
+        speculative_config=speculation,
+    ) as llm:
         if "compile" in parts:
             result["compile"] = compile_times(llm)
         if "overhead" in parts:

@@ -55,6 +55,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"json": {"$ref": "http://127.0.0.1/schema.json"}}, "bad_constraint"),
     ({"json": {"type": "integer", "minimum": 5, "maximum": 2}}, "bad_constraint"),
     ({"json_object": True, "whitespace_pattern": "["}, "bad_constraint"),
+    ({"json": exploding_any_of()}, "compile_limit"),
 ]
 
 
@@ -159,3 +160,16 @@ def test_additional_properties_can_be_turned_off(grammars: GrammarCompiler) -> N
             constraint.advance(byte)
         mask = constraint.mask()
         assert bool(mask[ord("z") >> 3] >> (ord("z") & 7) & 1) is not closed
+
+
+def test_a_thousand_long_choices(grammars: GrammarCompiler) -> None:
+    """They share all but their ends: the limits of a token's work hold for them too."""
+    choices = ["x" * 50 + f"{number * 7919 % 10007:05d}" for number in range(1024)]
+    constraint = grammars.compile(StructuredOutputs(choice=choices)).start([EOS])
+    text = b""
+    while not constraint.is_finished:
+        mask = constraint.mask()
+        token = max(token for token in range(256) if mask[token >> 3] >> (token & 7) & 1)
+        constraint.advance(token)
+        text += bytes([token])
+    assert text.decode() in choices

@@ -43,7 +43,7 @@ CASES: list[dict[str, Any]] = [
 def compiled(fields: dict[str, Any]) -> CompiledGrammar:
     wanted = StructuredOutputs(**fields)
     form, source = grammar_source(wanted)
-    matcher = make_matcher(LL_TOKENIZER, grammar_text(form, source))
+    matcher = make_matcher(LL_TOKENIZER, form, grammar_text(form, source))
     return CompiledGrammar(matcher, VOCABULARY, "structured_outputs", may_name_tokens=form == "grammar")
 
 

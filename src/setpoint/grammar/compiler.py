@@ -7,6 +7,7 @@ not go off twice. llguidance is loaded, and the model's vocabulary put into its 
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -28,6 +29,7 @@ COMPILE_LIMIT_S: Final = 2.0  # of processor time
 MAX_COMPILED: Final = 64
 MAX_REFUSED: Final = 1024
 REFUSED_FOR_S: Final = 600.0
+_LIMIT: Final = re.compile(r"too (large|many|complex|deep|big)|limit|fuel|; max is", re.IGNORECASE)
 _WORKER: Final = Path(__file__).with_name("worker.py")
 
 Value = TypeVar("Value")
@@ -125,12 +127,14 @@ class GrammarCompiler:
             case "memory":
                 raise wanted.error("takes too much memory to compile", "compile_limit")
             case _:
-                raise wanted.error(f"cannot be honoured: {answer['message'].rstrip('.')}")
+                message = answer["message"].rstrip(".")
+                reason = "compile_limit" if _LIMIT.search(message) else "bad_constraint"
+                raise wanted.error(f"cannot be honoured: {message}", reason)
         vocabulary, tokenizer = self._load()
         from setpoint.grammar.guidance import make_matcher
 
         try:
-            matcher = make_matcher(tokenizer, answer["grammar"])
+            matcher = make_matcher(tokenizer, form, answer["grammar"])
         except ValueError as error:
             raise wanted.error(f"cannot be honoured: {error}") from None
         return CompiledGrammar(matcher, vocabulary, wanted.param, may_name_tokens=form == "grammar")

@@ -18,13 +18,17 @@ MAX_LEXER_STATES: Final = 50_000  # 1 to 2 KB each
 INITIAL_FUEL: Final = 1_000_000  # about 50,000 a millisecond
 STEP_FUEL: Final = 100_000  # about 14,000 a millisecond
 STEP_ITEMS: Final = 30_000  # about 20,000 a millisecond
-ROW_ITEMS: Final = 500  # ways to read the text so far; time grows with the square of them, and 2,000 take seconds
+# Ways to read the text so far. Time grows with the square of them: where they are ambiguities, which only a grammar
+# in its own notation can have, 2,000 take seconds; where they are what may come next, as the properties of an object,
+# milliseconds.
+ROW_ITEMS: Final = {"grammar": 500}
+MOST_ROW_ITEMS: Final = 4_000
 FORMS: Final = ("json", "regex", "choice", "grammar")
 
 
-def make_limits() -> LLParserLimits:
+def make_limits(form: str) -> LLParserLimits:
     return LLParserLimits(
-        max_items_in_row=ROW_ITEMS,
+        max_items_in_row=ROW_ITEMS.get(form, MOST_ROW_ITEMS),
         initial_lexer_fuel=INITIAL_FUEL,
         step_lexer_fuel=STEP_FUEL,
         step_max_items=STEP_ITEMS,
@@ -75,9 +79,9 @@ def grammar_text(form: str, source: str) -> str:
         raise ValueError(one_line(str(error))) from None
 
 
-def make_matcher(tokenizer: LLTokenizer, text: str) -> Any:
+def make_matcher(tokenizer: LLTokenizer, form: str, text: str) -> Any:
     """At its beginning. Raises ValueError when the text is no grammar, or a limit is reached."""
-    matcher = LLMatcher(tokenizer, text, log_level=0, limits=make_limits())
+    matcher = LLMatcher(tokenizer, text, log_level=0, limits=make_limits(form))
     if matcher.is_error():
         raise ValueError(one_line(matcher.get_error()))
     return matcher

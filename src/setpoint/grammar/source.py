@@ -24,7 +24,8 @@ def grammar_source(wanted: StructuredOutputs) -> tuple[str, str]:
         case "json_object":
             return "json", _schema(wanted, {"type": "object"})
         case "choice":
-            return "choice", "start: " + " | ".join(_literal(choice) for choice in wanted.choice or ())
+            # One expression: as alternatives of a rule, a thousand of them would be followed side by side.
+            return "choice", "start: CHOICE\nCHOICE: " + " | ".join(_literal(choice) for choice in wanted.choice or ())
         case kind:
             text = str(wanted.regex if kind == "regex" else wanted.grammar)
             _check_nesting(wanted, text)

@@ -25,7 +25,7 @@ class Trial:
         try:
             with_limit(request["limit_s"])
             text = grammar_text(request["form"], request["source"])
-            matcher = make_matcher(self._tokenizer, text)
+            matcher = make_matcher(self._tokenizer, request["form"], text)
             matcher.compute_bitmask()
             if matcher.is_error():
                 return {"error": "grammar", "message": one_line(matcher.get_error())}
@@ -33,7 +33,7 @@ class Trial:
         except MemoryError:
             return {"error": "memory", "message": ""}
         except RecursionError:
-            return {"error": "grammar", "message": "it is nested too deeply"}
+            return {"error": "grammar", "message": "it is nested too deep"}
         except Exception as error:  # whatever a grammar provokes
             return {"error": "grammar", "message": one_line(str(error))}
         finally:
