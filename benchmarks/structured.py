@@ -6,7 +6,7 @@
 compile: every schema of `structured_schemas.py` as a client's first request meets it (a trial in the worker process,
 then in the server), and from the cache. overhead: greedy decoding without a mask, with one that forbids no text, and
 within JSON, in turn; and the masks of real outputs alone. jump: the same outputs of compact JSON with forced tokens
-taken at once and drawn one by one, in turn; the tokens must be equal. valid: outputs of all schemas at temperature 1,
+taken at once and drawn one by one, in turn; the tokens must be equal. valid: outputs of all schemas at temperature 0.7,
 in batches, each validated by the jsonschema library; those cut by max_tokens are counted apart. The last line is JSON.
 """
 
@@ -18,6 +18,7 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 import jsonschema
@@ -25,15 +26,18 @@ import jsonschema
 from setpoint import LLM, SamplingParams
 from setpoint.engine.structured_outputs import StructuredOutputs
 from setpoint.grammar.compiler import GrammarCompiler
-from structured_schemas import SCHEMAS
+from structured_schemas import EXAMPLES, SCHEMAS
 
-MAX_TOKENS = 700
+MAX_TOKENS = 900
+TEMPERATURE = 0.7
 ENDLESS = {"type": "array", "items": {"type": "object", "properties": {"text": {"type": "string"}}}, "minItems": 99}
 FORMATS = jsonschema.FormatChecker()
 
 
 def prompt_of(name: str) -> str:
-    return f"Here is an example of {name} as JSON:\n"
+    example = EXAMPLES.get(name)
+    shown = "" if example is None else f"{example}\n\nHere is another {name}:\n"
+    return f"Here is an example of {name} as JSON:\n{shown}"
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -178,13 +182,21 @@ def jump(llm: LLM, repeat: int) -> dict[str, Any]:
     }
 
 
+def exact(value: Any) -> Any:
+    """JSON, parsed, with its numbers as they are written: 0.07 is a multiple of 0.01, their nearest doubles are not."""
+    return json.loads(value if isinstance(value, str) else json.dumps(value), parse_float=Decimal)
+
+
 def validity(llm: LLM, num_outputs: int) -> dict[str, Any]:
     names = list(SCHEMAS)
-    validators = {name: jsonschema.Draft202012Validator(SCHEMAS[name], format_checker=FORMATS) for name in names}
+    validators = {name: jsonschema.Draft202012Validator(exact(SCHEMAS[name]), format_checker=FORMATS) for name in names}
     jobs = [names[number % len(names)] for number in range(num_outputs)]
     params = [
         SamplingParams(
-            structured_outputs=StructuredOutputs(json=SCHEMAS[name]), temperature=1.0, seed=seed, max_tokens=MAX_TOKENS
+            structured_outputs=StructuredOutputs(json=SCHEMAS[name]),
+            temperature=TEMPERATURE,
+            seed=seed,
+            max_tokens=MAX_TOKENS,
         )
         for seed, name in enumerate(jobs)
     ]
@@ -201,7 +213,7 @@ def validity(llm: LLM, num_outputs: int) -> dict[str, Any]:
             truncated[name] += 1
             continue
         try:
-            validators[name].validate(json.loads(completion.text))
+            validators[name].validate(exact(completion.text))
             endings["valid"] += 1
         except (ValueError, jsonschema.ValidationError) as error:
             endings["invalid"] += 1

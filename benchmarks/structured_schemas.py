@@ -29,7 +29,8 @@ def whole(low: int, high: int) -> Schema:
 
 
 def number(low: float, high: float) -> Schema:
-    return {"type": "number", "minimum": low, "maximum": high}
+    """With two decimals at most: a model that has lost the thread never ends a number."""
+    return {"type": "number", "minimum": low, "maximum": high, "multipleOf": 0.01}
 
 
 def some(items: Schema, most: int = 3, least: int = 1) -> Schema:
@@ -142,12 +143,9 @@ RECURSIVE: dict[str, Schema] = {
         },
         **record(result=NODE),
     },
-    "comments": {
-        "$defs": {"node": record(author=text(10), text=text(16), replies=some(NODE, 1, 0))},
-        "type": "array",
-        "items": NODE,
-        "minItems": 1,
-        "maxItems": 2,
+    "menu": {
+        "$defs": {"node": record(label=one_of("File", "Edit", "View", "Help"), items=some(NODE, 1, 0))},
+        **NODE,
     },
     "folders": {
         "$defs": {"node": record(folder=matching("^[a-z]{1,8}$"), files=some(text(8), 2, 0), inside=some(NODE, 1, 0))},
@@ -194,3 +192,13 @@ LARGE: dict[str, Schema] = {
 }
 
 SCHEMAS: dict[str, Schema] = PLAIN | NESTED | RECURSIVE | PATTERNS | LARGE
+
+# What the prompt shows of the recursive ones: without an example, a small model goes ever deeper.
+EXAMPLES: dict[str, str] = {
+    "linked list": '{"value": 4, "next": {"value": 7, "next": null}}',
+    "tree": '{"name": "oak", "children": [{"name": "leaf", "children": []}]}',
+    "expression": '{"result": {"op": "+", "left": 2, "right": 5}}',
+    "menu": '{"label": "File", "items": [{"label": "Help", "items": []}]}',
+    "folders": '{"folder": "home", "files": ["a.txt"], "inside": []}',
+    "nested lists": '{"value": [1, [2, 3]]}',
+}
