@@ -144,8 +144,8 @@ RECURSIVE: dict[str, Schema] = {
         **record(result=NODE),
     },
     "menu": {
-        "$defs": {"node": record(label=one_of("File", "Edit", "View", "Help"), items=some(NODE, 1, 0))},
-        **NODE,
+        "$defs": {"node": {"anyOf": [one_of("File", "Edit", "View", "Help"), some(NODE, 2)]}},
+        **record(menu=NODE),
     },
     "folders": {
         "$defs": {"node": record(folder=matching("^[a-z]{1,8}$"), files=some(text(8), 2, 0), inside=some(NODE, 1, 0))},
@@ -166,7 +166,7 @@ PATTERNS: dict[str, Schema] = {
     ),
     "words": record(words=some(matching("^[A-Z][a-z]{2,8}$"), 4, 2)),
     "date": record(on=formatted("date")),
-    "moment": record(at=formatted("date-time")),
+    "moment": record(at=formatted("date-time") | {"maxLength": 30}),
     "uuid": record(id=formatted("uuid")),
     "host": record(ip=formatted("ipv4"), name=matching("^[a-z]{1,10}(\\.[a-z]{2,6}){1,2}$")),
     "map of numbers": {
@@ -198,7 +198,7 @@ EXAMPLES: dict[str, str] = {
     "linked list": '{"value": 4, "next": {"value": 7, "next": null}}',
     "tree": '{"name": "oak", "children": [{"name": "leaf", "children": []}]}',
     "expression": '{"result": {"op": "+", "left": 2, "right": 5}}',
-    "menu": '{"label": "File", "items": [{"label": "Help", "items": []}]}',
+    "menu": '{"menu": ["File", ["Edit", "View"]]}',
     "folders": '{"folder": "home", "files": ["a.txt"], "inside": []}',
     "nested lists": '{"value": [1, [2, 3]]}',
 }
