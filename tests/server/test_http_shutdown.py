@@ -180,12 +180,10 @@ def test_port_in_use(start: Start) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        began = time.monotonic()
         process = start(0, 1, port=port)
         code, log = process.end(10)
         assert code == 4
         assert log.strip() == f"error: port {port} is in use; stop the other server or choose another --port"
-        assert time.monotonic() - began < 10
 
 
 def test_the_printed_command_works(start: Start) -> None:
