@@ -68,7 +68,7 @@ class TokenConstraint:
         if matcher.is_accepting():
             for token in self._ends:
                 mask[token >> 3] |= 1 << (token & 7)
-        if not any(mask):
+        if mask == self._grammar.vocabulary.no_tokens:
             message = f"{self._grammar.param} leaves no token of this model that could follow"
             raise RequestError(message, param=self._grammar.param, reason="bad_constraint")
         return bytes(mask)

@@ -17,6 +17,7 @@ class GrammarVocabulary:
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         self.size = size
         self.mask_bytes = -(-size // 32) * 4
+        self.no_tokens = bytes(self.mask_bytes)
         no_text = tokenizer.special_ids | tokenizer.eos_token_ids
         known = min(size, len(tokenizer))
         texts = [b"" if token in no_text else tokenizer.token_bytes(token) for token in range(known)]
