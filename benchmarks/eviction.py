@@ -20,7 +20,7 @@ from typing import Any
 
 from eviction_orders import AgesByBranch, AgesByUse, Clairvoyant, Ghosts, Hazard, LeastRecent, LeastUsed, Segmented
 from reuse_traces import BLOCK_TOKENS, SESSIONS, blocks_of, synthesise
-from setpoint.engine.eviction import EvictionOrder
+from setpoint.engine.eviction import EvictionOrder, Rank
 
 CAPACITIES = (256_000, 1_024_000, 2_560_000, 5_120_000, 10_240_000)
 
@@ -32,7 +32,7 @@ class Engine:
         self._order = EvictionOrder()
 
     def push(self, block: int, uses: int, is_shared: bool) -> None:
-        self._order.push(block)
+        self._order.push(block, Rank.SHARED if is_shared else Rank.PLAIN)
 
     def remove(self, block: int) -> None:
         self._order.remove(block)

@@ -138,3 +138,34 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = settings(max_examples=scaled(25), stateful_step_count=40, deadline=None)
 test_random_use = PoolMachine.TestCase
+
+
+def test_shared_blocks_count_as_younger_and_protected_ones_go_last() -> None:
+    pool, evicted = pool_of(40)
+    blocks = [pool.acquire() for _ in range(40)]
+    for block in blocks:
+        pool.publish(block, b"%d" % block)
+    shared, protected, plain = blocks[0], blocks[1], blocks[2:]
+    pool.share(shared)
+    pool.protect(protected, True)
+    for block in blocks:
+        pool.release(block)
+    for _ in range(20):
+        pool.acquire()
+    assert evicted == [b"%d" % block for block in plain[:20]]
+    taken = [pool.acquire() for _ in range(18)]
+    assert shared not in taken
+    assert [pool.acquire(), pool.acquire()] == [shared, protected]
+    assert pool.num_free == 0
+
+
+def test_a_block_that_lost_its_protection_goes_first() -> None:
+    pool, evicted = pool_of(4)
+    blocks = [pool.acquire() for _ in range(4)]
+    for block in blocks:
+        pool.publish(block, b"%d" % block)
+        pool.protect(block, block == blocks[3])
+        pool.release(block)
+    pool.protect(blocks[3], False)
+    assert pool.acquire() == blocks[3]
+    assert evicted == [b"%d" % blocks[3]]

@@ -152,3 +152,16 @@ def test_keys_are_sha256_over_parent_and_tokens(tokens: list[int]) -> None:
     packed = PrefixTree.pack(tokens)
     assert len(packed) == 4 * len(tokens)
     assert PrefixTree.chain_key(b"p" * 32, packed) == hashlib.sha256(b"p" * 32 + packed).digest()
+
+
+def test_a_block_is_shared_when_different_blocks_went_on_from_it() -> None:
+    filled = Filled(list(range(16)), None)
+    assert not any(filled.tree.is_shared(key) for key in filled.keys)
+    other = [*range(8), 99, 9, 10, 11]
+    keys = filled.chain(other, filled.root)
+    filled.tree.publish(keys[2], keys[1], filled.tree.pack(other[8:12]), [9])
+    assert [filled.tree.is_shared(key) for key in filled.keys] == [True, True, False, False]
+    assert len(filled.tree.newly_shared) == 2
+    longer = filled.chain(list(range(20)), filled.root)
+    filled.tree.publish(longer[4], longer[3], filled.tree.pack(list(range(16, 20))), [10])
+    assert not filled.tree.is_shared(filled.keys[3])  # one line goes on

@@ -57,7 +57,7 @@ def fixed_cost(info: RunnerInfo, *, blocks_per_step: float = 2.0, compute_s_per_
     """Reading is worth it, and `blocks_per_step` blocks can be moved beside others."""
     block_bytes = max(group.block_bytes for group in info.kv_groups)
     bandwidth = block_bytes * blocks_per_step / STALL_S
-    return RestoreCost(compute_s_per_token, bandwidth, bandwidth, learns=False)
+    return RestoreCost(compute_s_per_token, bandwidth, bandwidth, bandwidth, learns=False)
 
 
 def tiers(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from setpoint.engine.eviction import NORMAL, PROTECTED, EvictionOrder
+from setpoint.engine.eviction import EvictionOrder, Rank
 
 
 class OutOfBlocksError(RuntimeError):
@@ -27,7 +27,8 @@ class BlockPool:
         self._cached = EvictionOrder()
         self._refs = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
-        self._ranks = [NORMAL] * num_blocks
+        self._is_shared = bytearray(num_blocks)
+        self._is_protected = bytearray(num_blocks)
 
     @property
     def num_free(self) -> int:
@@ -72,7 +73,7 @@ class BlockPool:
             if self._keys[block] is None:
                 self._blank.append(block)
             else:
-                self._cached.push(block, self._ranks[block])
+                self._cached.push(block, self._rank(block))
 
     def publish(self, block: int, key: bytes) -> None:
         """The content of a used block is now findable under `key`."""
@@ -92,18 +93,31 @@ class BlockPool:
             self._blank.append(block)
 
     def is_protected(self, block: int) -> bool:
-        return self._ranks[block] == PROTECTED
+        return bool(self._is_protected[block])
 
     def protect(self, block: int, is_protected: bool) -> None:
         """Let a published block be evicted after all others, or no longer."""
-        self._ranks[block] = PROTECTED if is_protected else NORMAL
+        self._is_protected[block] = is_protected
+        self._rerank(block)
+
+    def share(self, block: int) -> None:
+        """Different prompts went on from this published block."""
+        self._is_shared[block] = True
+        self._rerank(block)
+
+    def _rank(self, block: int) -> Rank:
+        if self._is_protected[block]:
+            return Rank.PROTECTED
+        return Rank.SHARED if self._is_shared[block] else Rank.PLAIN
+
+    def _rerank(self, block: int) -> None:
         if block in self._cached:
-            self._cached.rerank(block, self._ranks[block])
+            self._cached.rerank(block, self._rank(block))
 
     def _forget(self, block: int) -> None:
         key = self._keys[block]
         self._keys[block] = None
-        self._ranks[block] = NORMAL
+        self._is_shared[block] = self._is_protected[block] = False
         if key is not None:
             self._on_evict(key)
 
@@ -122,5 +136,5 @@ class BlockPool:
             raise AssertionError("a cached block has no key")
         if any((self._keys[block] is not None) for block in self._blank):
             raise AssertionError("a blank block has a key")
-        if any(self._ranks[block] != NORMAL for block in self._blank):
-            raise AssertionError("a blank block is protected")
+        if any(self._rank(block) is not Rank.PLAIN for block in self._blank):
+            raise AssertionError("a blank block is protected or shared")

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import heapq
+import hmac
 import logging
 import os
 import re
@@ -267,9 +268,7 @@ def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _digest(secret: bytes, head: bytes, payload: bytes) -> bytes:
-    digest = hashlib.blake2b(head, digest_size=DIGEST_BYTES, key=secret)
-    digest.update(payload)
-    return digest.digest()
+    return hmac.digest(secret, hashlib.sha256(payload).digest() + head, "sha256")
 
 
 def _read(file: Path, head: bytes, num_bytes: int, secret: bytes) -> bytes | None:

@@ -36,7 +36,7 @@ class KVCache:
             BlockPool(group.num_blocks, partial(self._evicted, index)) for index, group in enumerate(info.kv_groups)
         )
         self._protections: dict[tuple[int, bytes], int] = {}  # by group and key: how many sessions want it kept
-        self.saves = None if self.lower is None else KVSaves(self.tree, self.lower, info.kv_groups)
+        self.saves = None if self.lower is None else KVSaves(self.tree, self.lower, info.kv_groups, info.block_size)
 
     @property
     def capacity_tokens(self) -> int | None:
@@ -110,6 +110,8 @@ class KVCache:
             reserve = len(running)
             for other in running:
                 held = len(other.block_tables[group]) - other.first_live[group]
+                if other.restore is not None:
+                    held -= sum(1 for _, awaited, _ in other.restore.pending if awaited == group)
                 reserve += max(0, self.blocks_needed(other.num_tokens, group) - held)
             found = [block for block in hit.block_tables[group] if block >= 0]
             free = pool.num_free - sum(map(pool.is_free, found))
@@ -129,20 +131,22 @@ class KVCache:
         seq.num_computed = hit.num_blocks * self.block_size
         seq.num_published = hit.num_blocks
         if hit.restores:
-            for index, group, _ in hit.restores:
-                seq.block_tables[group][index] = self.pools[group].acquire()
             num_restored = (hit.num_blocks - hit.restores[0][0]) * self.block_size
             seq.restore = Restore(seq.num_computed, num_restored, deque(hit.restores))
             seq.num_computed = seq.num_published = 0
         self._end_fetch(seq)
 
     def restore(self, seq: Sequence, max_bytes: int) -> list[KVRestore]:
-        """The next blocks to restore; with the last of them the sequence stands at the end of its prefix."""
+        """The next blocks to restore, as far as some are free; after the last the sequence stands behind its prefix."""
         restore, moves = seq.restore, []
         assert restore is not None
         while restore.pending and max_bytes > 0:
-            index, group, payload = restore.pending.popleft()
-            moves.append(KVRestore(seq.seq_id, group, seq.block_tables[group][index], payload))
+            index, group, payload = restore.pending[0]
+            if not self.pools[group].num_free:
+                break
+            restore.pending.popleft()
+            block = seq.block_tables[group][index] = self.pools[group].acquire()
+            moves.append(KVRestore(seq.seq_id, group, block, payload))
             max_bytes -= len(payload)
         if not restore.pending:
             seq.num_computed, seq.restore = restore.num_tokens, None
@@ -188,9 +192,15 @@ class KVCache:
                     pool.publish(block, key)
                     if (group, key) in self._protections:
                         pool.protect(block, True)
+                    if self.tree.is_shared(key):
+                        pool.share(block)
                     if self.saves is not None:
                         self.saves.published(group, key)
         seq.num_published = num_full
+        while self.tree.newly_shared:
+            for pool, held in zip(self.pools, self.tree.newly_shared.pop().blocks, strict=True):
+                if held is not None:
+                    pool.share(held)
 
     def _evicted(self, group: int, key: bytes) -> None:
         if self.saves is not None:
@@ -265,7 +275,8 @@ class KVCache:
                     raise AssertionError("a block is protected that no session wants, or not that one does")
         for seq in holders:
             for table, first in zip(seq.block_tables, seq.first_live, strict=True):
-                if any(block >= 0 for block in table[:first]) or any(block < 0 for block in table[first:]):
+                holes = sum(block < 0 for block in table[first:])
+                if any(block >= 0 for block in table[:first]) or (holes and seq.restore is None):
                     raise AssertionError("a block table has a hole")
                 if len(table) * self.block_size < seq.num_computed:
                     raise AssertionError("a block table is shorter than what was computed")

@@ -12,15 +12,16 @@ from setpoint.engine.host_tier import BlockName, BlockRecord
 from setpoint.engine.lower_tiers import LowerTiers
 from setpoint.engine.plan import KVGroup, KVSave, StepPlan, StepResult
 from setpoint.engine.prefix_tree import Node, PrefixTree
-from setpoint.engine.restore_cost import BEHIND_S, EVICT_S, IDLE_S
+from setpoint.engine.restore_cost import BEHIND_S, IDLE_S
 
 
 class KVSaves:
     """Copies of one step are bounded; what the pool loses beyond that is lost."""
 
-    def __init__(self, tree: PrefixTree, lower: LowerTiers, groups: Sequence[KVGroup]) -> None:
+    def __init__(self, tree: PrefixTree, lower: LowerTiers, groups: Sequence[KVGroup], block_size: int) -> None:
         self._tree = tree
         self._lower = lower
+        self._block_size = block_size
         self._block_bytes = [group.block_bytes for group in groups]
         self._saves: list[KVSave] = []
         self._bytes_left = 0
@@ -33,12 +34,14 @@ class KVSaves:
         """Blocks that are still to be looked at for the disk."""
         return 0 if self._lower.disk is None else len(self._behind)
 
-    def begin(self, *, is_busy: bool) -> None:
-        """A step is planned from here on. What was chosen for a plan that never ran is forgotten: its blocks may be
-        written by now."""
+    def begin(self, num_tokens: int, restore_bytes: int, *, is_busy: bool) -> None:
+        """A step is planned that may compute and restore so much: what that takes the place of is copied.
+
+        What was chosen for a plan that never ran is forgotten: its blocks may be written by now.
+        """
         self._saves = []
-        self._bytes_left = self._lower.cost.bytes_in(EVICT_S)
-        self._behind_bytes_left = self._lower.cost.bytes_in(BEHIND_S if is_busy else IDLE_S)
+        self._bytes_left = (num_tokens // self._block_size + 1) * sum(self._block_bytes) + restore_bytes
+        self._behind_bytes_left = self._lower.cost.save_bytes_in(BEHIND_S if is_busy else IDLE_S)
         self._is_planning = True
 
     def published(self, group: int, key: bytes) -> None:

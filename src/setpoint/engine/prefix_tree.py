@@ -25,6 +25,8 @@ class Node:
     parent: bytes
     tokens: bytes  # the block's token ids, packed
     blocks: list[int | None]  # per KV group
+    child: bytes | None = None  # the first that went on from here
+    is_shared: bool = False  # another one did as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class PrefixTree:
         self._block_size = block_size
         self._secret = os.urandom(32) if secret is None else secret
         self._nodes: dict[bytes, Node] = {}
+        self.newly_shared: list[Node] = []  # since its reader last looked
         self._nowhere: list[int | None] = [None] * len(self._windows)
 
     def __len__(self) -> int:
@@ -103,6 +106,10 @@ class PrefixTree:
             return self._nowhere
         return node.blocks
 
+    def is_shared(self, key: bytes) -> bool:
+        node = self._nodes.get(key)
+        return node is not None and node.is_shared
+
     def find(self, key: bytes) -> Node | None:
         return self._nodes.get(key)
 
@@ -135,6 +142,7 @@ class PrefixTree:
         if node is None:
             node = Node(parent, tokens, [None] * len(self._windows))
             self._nodes[key] = node
+            self._note_child(key, parent)
         elif node.parent != parent or node.tokens != tokens:
             return [False] * len(blocks)
         taken = []
@@ -146,6 +154,19 @@ class PrefixTree:
         if all(block is None for block in node.blocks):
             del self._nodes[key]
         return taken
+
+    def _note_child(self, key: bytes, parent: bytes) -> None:
+        """Where two went on from one block, it and all before it are shared."""
+        node = self._nodes.get(parent)
+        if node is None or node.child == key:
+            return
+        if node.child is None:
+            node.child = key
+            return
+        while node is not None and not node.is_shared:
+            node.is_shared = True
+            self.newly_shared.append(node)
+            node = self._nodes.get(node.parent)
 
     def evict(self, group: int, key: bytes) -> None:
         """The block of `group` under `key` is gone; a node without blocks is dropped."""

@@ -9,7 +9,6 @@ FEWEST_BYTES = 1 << 16  # of a read that says something about a bandwidth
 WEIGHT = 0.2  # of a new reading
 STALL_S = 0.005  # restores may take so long of a step that others wait for
 ALONE_S = 0.1  # and so long of one that computes nothing for others
-EVICT_S = 0.025  # copies of what the pool loses; a step that takes many blocks computes for long anyway
 BEHIND_S = 0.001  # copies that could as well be made later, beside others
 IDLE_S = 0.005  # and in an engine without work
 
@@ -22,7 +21,8 @@ class RestoreCost:
     """
 
     compute_s_per_token: float | None = None  # None = not known yet: reading is tried, and measured
-    memory_bytes_per_s: float = 2e9
+    memory_bytes_per_s: float = 4e9  # from memory into the pool
+    save_bytes_per_s: float = 1e9  # the other way, into memory that is new
     disk_bytes_per_s: float = 3e8
     learns: bool = True
 
@@ -35,18 +35,24 @@ class RestoreCost:
         """What restoring takes: everything is copied into the pool, a part is read from disk before that."""
         return (memory_bytes + disk_bytes) / self.memory_bytes_per_s + disk_bytes / self.disk_bytes_per_s
 
-    def bytes_in(self, seconds: float) -> int:
-        """What can be copied between pool and memory meanwhile."""
+    def restore_bytes_in(self, seconds: float) -> int:
         return int(self.memory_bytes_per_s * seconds)
+
+    def save_bytes_in(self, seconds: float) -> int:
+        return int(self.save_bytes_per_s * seconds)
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         if self.learns and num_tokens >= FEWEST_TOKENS and seconds > 0:
             self.compute_s_per_token = _average(self.compute_s_per_token, seconds / num_tokens)
 
-    def observe_move(self, num_bytes: int, seconds: float) -> None:
-        """Copies between the pool and memory."""
-        if self.learns and num_bytes >= FEWEST_BYTES and seconds > 0:
-            self.memory_bytes_per_s = _average(self.memory_bytes_per_s, num_bytes / seconds)
+    def observe_moves(self, saved_bytes: int, restored_bytes: int, seconds: float) -> None:
+        """Copies between the pool and memory in one step; of a mixed one, the share of either is not known."""
+        if not self.learns or seconds <= 0 or saved_bytes + restored_bytes < FEWEST_BYTES:
+            return
+        if not restored_bytes:
+            self.save_bytes_per_s = _average(self.save_bytes_per_s, saved_bytes / seconds)
+        elif not saved_bytes:
+            self.memory_bytes_per_s = _average(self.memory_bytes_per_s, restored_bytes / seconds)
 
     def observe_disk(self, num_bytes: int, seconds: float) -> None:
         if self.learns and num_bytes >= FEWEST_BYTES and seconds > 0:

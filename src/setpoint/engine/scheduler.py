@@ -224,9 +224,9 @@ class Scheduler:
         self.sessions.expire(now)
         if self.kv.lower is not None and self.kv.saves is not None:
             others = any(seq.restore is None for seq in self.running)
-            step.restore_budget = self.kv.lower.cost.bytes_in(STALL_S if others else ALONE_S)
+            step.restore_budget = self.kv.lower.cost.restore_bytes_in(STALL_S if others else ALONE_S)
             self.kv.lower.poll()
-            self.kv.saves.begin(is_busy=bool(self._roster.sequences))
+            self.kv.saves.begin(step.budget, step.restore_budget, is_busy=bool(self._roster.sequences))
         return step
 
     def _guarded(self, place: Callable[[Sequence, _Step, float], None], seq: Sequence, step: _Step, now: float) -> None:
@@ -265,7 +265,15 @@ class Scheduler:
 
     def _restore(self, seq: Sequence, step: _Step) -> bool:
         """Plan to fill blocks of a running sequence from lower tiers; True when none is left."""
-        step.restore(seq.seq_id, self.kv.restore(seq, step.restore_budget))
+        moves = self.kv.restore(seq, step.restore_budget)
+        while not moves and seq.restore is not None and step.restore_budget > 0:  # no block is free
+            victim = self.running[-1]
+            step.drop(victim.seq_id)
+            self._roster.preempt(victim)
+            if victim is seq:
+                return False
+            moves = self.kv.restore(seq, step.restore_budget)
+        step.restore(seq.seq_id, moves)
         return seq.restore is None
 
     def _draft(self, speculator: DraftPlanner, decodes: list[Sequence], prefills: list[Sequence], budget: int) -> None:
@@ -412,8 +420,8 @@ class Scheduler:
                 self._roster.preempt(seq)
         if result.unrestored:
             lower.give_up()
-        moved = [*filter(None, result.saved), *(move.payload for move in plan.restores)]
-        lower.cost.observe_move(sum(map(len, moved)), result.moving_s)
+        saved_bytes = sum(len(payload) for payload in result.saved if payload is not None)
+        lower.cost.observe_moves(saved_bytes, sum(len(move.payload) for move in plan.restores), result.moving_s)
         lower.cost.observe_step(plan.num_tokens, now - self._planned_at - result.moving_s)
 
     def take_events(self) -> list[Event]:
