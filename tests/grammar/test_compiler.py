@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from house import EOS, TOKENIZER, VOCAB_SIZE
 
+from setpoint.engine.constraint import Constraint
 from setpoint.engine.structured_outputs import StructuredOutputs
 from setpoint.errors import RequestError
 from setpoint.grammar import compiler as compiling
@@ -95,17 +96,23 @@ def test_bombs_end_in_a_process_of_their_own(grammars: GrammarCompiler, fields: 
     assert grammars.compile(StructuredOutputs(choice=["fine"])).start([]).forced() is not None
 
 
-def test_a_bomb_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second and third time no process is asked."""
-    grammars = GrammarCompiler(TOKENIZER, VOCAB_SIZE)
-    asked: list[object] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What the processes were asked."""
+    requests: list[object] = []
     ask = WorkerProcess.ask
 
     def counting(self: WorkerProcess, request: Any, **options: Any) -> Any:
-        asked.append(request)
+        requests.append(request)
         return ask(self, request, **options)
 
     monkeypatch.setattr(WorkerProcess, "ask", counting)
+    return requests
+
+
+def test_a_bomb_is_remembered(asked: list[object]) -> None:
+    """The second and third time no process is asked."""
+    grammars = GrammarCompiler(TOKENIZER, VOCAB_SIZE)
     messages = set()
     for param in ("structured_outputs", "structured_outputs", "guided_regex"):
         with pytest.raises(RequestError) as caught:
@@ -139,7 +146,7 @@ def test_caches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     grammars.close()
 
 
-def test_threads_share_what_one_of_them_builds(grammars: GrammarCompiler) -> None:
+def test_threads_wait_for_what_one_of_them_tries_out(grammars: GrammarCompiler, asked: list[object]) -> None:
     found: list[object] = []
     wanted = StructuredOutputs(regex="shared [0-9]+")
     threads = [threading.Thread(target=lambda: found.append(grammars.compile(wanted))) for _ in range(6)]
@@ -148,7 +155,24 @@ def test_threads_share_what_one_of_them_builds(grammars: GrammarCompiler) -> Non
     for thread in threads:
         thread.join()
     assert len(found) == 6
-    assert len({id(grammar) for grammar in found}) == 1
+    assert len(asked) == 1
+
+
+def test_a_limit_that_one_request_reaches_is_not_there_for_the_next(grammars: GrammarCompiler) -> None:
+    """A matcher and its copies share what they learn of a grammar; two requests must not."""
+    wanted = StructuredOutputs(grammar='start: s\ns: s s s | s s | "a" | "" | s "a" s')
+    first, second = (steps_to_the_limit(grammars.compile(wanted).start([])) for _ in range(2))
+    assert first == second > 10
+
+
+def steps_to_the_limit(constraint: Constraint) -> int:
+    for count in range(3000):
+        try:
+            constraint.mask()
+            constraint.advance(ord("a"))
+        except RequestError:
+            return count
+    raise AssertionError("no limit was reached")
 
 
 def test_additional_properties_can_be_turned_off(grammars: GrammarCompiler) -> None:

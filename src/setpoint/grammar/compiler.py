@@ -1,8 +1,8 @@
 """From what a client asked for to a grammar that the engine can follow; errors name the client's field.
 
 Every new grammar is first built in a process that can be killed (`worker.py`), within 2 s of processor time and
-256 MiB. What that proves is built again here and kept; what it refutes is remembered too, so that the same bomb does
-not go off twice. llguidance is loaded, and the model's vocabulary put into its form, with the first request.
+256 MiB. What that proves is built again here, for every request; what it refutes is remembered too, so that the same
+bomb does not go off twice. llguidance is loaded, and the model's vocabulary put into its form, with the first request.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class GrammarCompiler:
         self._model_tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._pool = WorkerPool(_WORKER, greeting=self._greeting)
-        self._compiled: _Recent[CompiledGrammar] = _Recent(MAX_COMPILED)
+        self._compiled: _Recent[tuple[str, str]] = _Recent(MAX_COMPILED)
         self._refused: _Recent[_Refusal] = _Recent(MAX_REFUSED)
         self._stripes = [threading.Lock() for _ in range(16)]  # the same grammar is built once, by whoever comes first
         self._loading = threading.Lock()
@@ -87,7 +87,27 @@ class GrammarCompiler:
         self._tokenizer: Any = None
 
     def compile(self, wanted: StructuredOutputs) -> CompiledGrammar:
-        """Raises RequestError naming the field: bad_constraint, compile_limit."""
+        """For one request. Raises RequestError naming the field: bad_constraint, compile_limit.
+
+        What a matcher has learnt of its grammar it shares with its copies, limits reached included: so no two requests
+        get the same one.
+        """
+        form, text = self._proved(wanted)
+        vocabulary, tokenizer = self._load()
+        from setpoint.grammar.guidance import make_matcher
+
+        try:
+            matcher = make_matcher(tokenizer, form, text)
+        except ValueError as error:
+            raise wanted.error(f"cannot be honoured: {error}") from None
+        return CompiledGrammar(matcher, vocabulary, wanted.param, may_name_tokens=form == "grammar")
+
+    def close(self) -> None:
+        """End the processes; they also end with this object or the program."""
+        self._pool.close()
+
+    def _proved(self, wanted: StructuredOutputs) -> tuple[str, str]:
+        """The form and text of a grammar that was built once within the limits."""
         key = sha256(repr(wanted.key).encode()).digest()
         found = self._known(key, wanted)
         if found is not None:
@@ -97,47 +117,35 @@ class GrammarCompiler:
             if found is not None:
                 return found
             try:
-                grammar = self._build(wanted)
+                proved = self._prove(wanted)
             except RequestError as error:
                 until = time.monotonic() + REFUSED_FOR_S
                 self._refused.put(key, _Refusal(_without_param(str(error), error.param), error.reason, until))
                 raise
-            self._compiled.put(key, grammar)
-            return grammar
+            self._compiled.put(key, proved)
+            return proved
 
-    def close(self) -> None:
-        """End the processes; they also end with this object or the program."""
-        self._pool.close()
-
-    def _known(self, key: bytes, wanted: StructuredOutputs) -> CompiledGrammar | None:
+    def _known(self, key: bytes, wanted: StructuredOutputs) -> tuple[str, str] | None:
         found = self._compiled.get(key)
         if found is not None:
-            return found.named(wanted.param)
+            return found
         refusal = self._refused.get(key)
         if refusal is not None and time.monotonic() < refusal.until:
             raise refusal.error(wanted)
         return None
 
-    def _build(self, wanted: StructuredOutputs) -> CompiledGrammar:
+    def _prove(self, wanted: StructuredOutputs) -> tuple[str, str]:
         form, source = grammar_source(wanted)
         answer = self._try_out({"form": form, "source": source, "limit_s": COMPILE_LIMIT_S}, wanted)
         match answer.get("error"):
             case None:
-                pass
+                return form, str(answer["grammar"])
             case "memory":
                 raise wanted.error("takes too much memory to compile", "compile_limit")
             case _:
                 message = answer["message"].rstrip(".")
                 reason = "compile_limit" if _LIMIT.search(message) else "bad_constraint"
                 raise wanted.error(f"cannot be honoured: {message}", reason)
-        vocabulary, tokenizer = self._load()
-        from setpoint.grammar.guidance import make_matcher
-
-        try:
-            matcher = make_matcher(tokenizer, form, answer["grammar"])
-        except ValueError as error:
-            raise wanted.error(f"cannot be honoured: {error}") from None
-        return CompiledGrammar(matcher, vocabulary, wanted.param, may_name_tokens=form == "grammar")
 
     def _try_out(self, request: Mapping[str, Any], wanted: StructuredOutputs) -> dict[str, Any]:
         try:

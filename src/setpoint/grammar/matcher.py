@@ -10,7 +10,7 @@ from setpoint.grammar.vocabulary import GrammarVocabulary
 
 
 class CompiledGrammar:
-    """`matcher` stands at the beginning and stays there: every sequence gets a copy. Safe to use from any thread.
+    """Of one request. `matcher` stands at the beginning and stays there: every sequence gets a copy.
 
     `param` is the field that errors name. A grammar that `may_name_tokens` could ask for special ones: it gets none.
     """
@@ -28,12 +28,6 @@ class CompiledGrammar:
 
     def matcher(self) -> Any:
         return self._matcher.deep_copy()
-
-    def named(self, param: str) -> CompiledGrammar:
-        """The same grammar for another field's errors."""
-        if param == self.param:
-            return self
-        return CompiledGrammar(self._matcher, self.vocabulary, param, may_name_tokens=self.may_name_tokens)
 
 
 class TokenConstraint:
