@@ -20,10 +20,7 @@ from setpoint.config import (
     resolve,
     this_machine,
 )
-from setpoint.engine.disk_store import DiskStore, open_directory
-from setpoint.engine.disk_tier import DiskTier
 from setpoint.engine.engine import Engine, Event
-from setpoint.engine.lower_tiers import LowerTiers
 from setpoint.engine.scheduler import Scheduler, SchedulerLimits
 from setpoint.engine.speculation.draft_model import DraftModel
 from setpoint.engine.speculation.drafter import Drafter
@@ -43,6 +40,7 @@ from setpoint.text.sandbox import TemplateSandbox
 from setpoint.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from setpoint.engine.lower_tiers import LowerTiers
     from setpoint.runtime.cpu.runner import CpuRunner
     from setpoint.runtime.cpu.weight_cache import WeightCache
 
@@ -329,6 +327,10 @@ def _lower_tiers(config: EngineConfig, runner: CpuRunner) -> LowerTiers | None:
     """What keeps KV blocks beside the pool. A disk that cannot be used is one warning. Raises ConfigError."""
     if not config.enable_prefix_caching or not (config.kv_host_bytes or config.kv_disk_path):
         return None
+    from setpoint.engine.disk_store import DiskStore, open_directory
+    from setpoint.engine.disk_tier import DiskTier
+    from setpoint.engine.lower_tiers import LowerTiers
+
     disk, secret = None, None
     if config.kv_disk_path is not None:
         path = Path(config.kv_disk_path).expanduser()
