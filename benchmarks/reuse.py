@@ -202,10 +202,11 @@ def ideal_tokens(prompts: Sequence[list[int]]) -> int:
     found = 0
     for prompt in prompts:
         keys, key = [], 0
-        for start in range(0, (len(prompt) - 1) // BLOCK * BLOCK, BLOCK):
+        for start in range(0, len(prompt) // BLOCK * BLOCK, BLOCK):
             key = hash((key, tuple(prompt[start : start + BLOCK])))
             keys.append(key)
-        found += BLOCK * next((index for index, key in enumerate(keys) if key not in seen), len(keys))
+        usable = keys[: (len(prompt) - 1) // BLOCK]
+        found += BLOCK * next((index for index, key in enumerate(usable) if key not in seen), len(usable))
         seen.update(keys)
     return found
 
