@@ -215,6 +215,7 @@ def _build_engine(
     phases["cached weights" if runner.loading.cached else "weights"] = clock() - began
     try:
         lower = _lower_tiers(resolved, runner)
+        speculator = _make_speculator(speculation, draft_model, opened.checkpoint.num_bytes)
     except BaseException:
         runner.close()
         raise
@@ -231,7 +232,7 @@ def _build_engine(
         ),
         enable_prefix_caching=resolved.enable_prefix_caching,
         seed=resolved.seed,
-        speculator=_make_speculator(speculation, draft_model, opened.checkpoint.num_bytes),
+        speculator=speculator,
         lower=lower,
     )
     return Assembly(

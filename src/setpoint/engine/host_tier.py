@@ -59,10 +59,6 @@ class HostTier:
             _, oldest = self._records.popitem(last=False)
             self.num_bytes -= oldest.num_bytes
 
-    def clear(self) -> None:
-        self._records.clear()
-        self.num_bytes = 0
-
     def check_integrity(self) -> None:
         """Raise AssertionError unless the count of bytes is right and within the limit."""
         if self.num_bytes != sum(record.num_bytes for record in self._records.values()):

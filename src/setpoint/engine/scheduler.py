@@ -64,7 +64,7 @@ class DraftPlanner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """The first three are hot: assign a new value to `scheduler.limits` between any two steps."""
+    """The first four are hot: assign a new value to `scheduler.limits` between any two steps."""
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512

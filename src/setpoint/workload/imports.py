@@ -10,14 +10,13 @@ openai    JSONL of request and response pairs: {"time", "request": {...}, "respo
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from setpoint.workload.trace import MAX_LINE_BYTES, MAX_TOKENS, Trace, TraceError, TraceHeader, TraceRequest
+from setpoint.workload.trace import MAX_TOKENS, Trace, TraceError, TraceHeader, TraceRequest, json_object
 
 _Row = TraceRequest | None  # None: left out
 
@@ -85,17 +84,8 @@ def _burstgpt(file: Iterable[str]) -> Iterator[_Row]:
 
 def _json_lines(file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(file, 1):
-        if len(line) > MAX_LINE_BYTES:
-            raise TraceError(f"line {number} is longer than {MAX_LINE_BYTES >> 20} MiB")
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)
-        except (ValueError, RecursionError):
-            raise TraceError(f"line {number} is not JSON") from None
-        if not isinstance(document, dict):
-            raise TraceError(f"line {number} is not a JSON object")
-        yield number, document
+        if line.strip():
+            yield number, json_object(number, line)
 
 
 def _mooncake(file: Iterable[str]) -> Iterator[_Row]:

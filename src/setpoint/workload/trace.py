@@ -127,15 +127,20 @@ def trace_lines(trace: Trace) -> Iterator[str]:
 
 def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(file, 1):
-        if len(line) > MAX_LINE_BYTES:
-            raise TraceError(f"line {number} is longer than {MAX_LINE_BYTES >> 20} MiB")
-        try:
-            document = json.loads(line)
-        except (ValueError, RecursionError):
-            raise TraceError(f"line {number} is not JSON") from None
-        if not isinstance(document, dict):
-            raise TraceError(f"line {number} is not a JSON object")
-        yield number, document
+        yield number, json_object(number, line)
+
+
+def json_object(number: int, line: str | bytes) -> dict[str, Any]:
+    """What a line of JSON lines holds. Raises TraceError naming it."""
+    if len(line) > MAX_LINE_BYTES:
+        raise TraceError(f"line {number} is longer than {MAX_LINE_BYTES >> 20} MiB")
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError):
+        raise TraceError(f"line {number} is not JSON") from None
+    if not isinstance(document, dict):
+        raise TraceError(f"line {number} is not a JSON object")
+    return document
 
 
 def _header(first: tuple[int, dict[str, Any]]) -> TraceHeader:

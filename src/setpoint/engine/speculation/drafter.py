@@ -6,9 +6,10 @@ from collections import abc
 from dataclasses import dataclass
 from typing import Protocol
 
+from setpoint.config import MAX_SPECULATIVE_TOKENS
 from setpoint.engine.sequence import Sequence
 
-MAX_DRAFTS = 16  # of a sequence in a step
+MAX_DRAFTS = MAX_SPECULATIVE_TOKENS  # of a sequence in a step
 
 
 @dataclass(slots=True)
