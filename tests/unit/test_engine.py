@@ -273,16 +273,16 @@ def test_an_engine_starts_once(served: Served) -> None:
 
 def test_the_heartbeat_goes_on_while_idle_and_stops_while_stuck(gated: Served) -> None:
     engine = gated.engine
-    first = engine._heartbeat
+    first = engine._loop.heartbeat
     deadline = time.monotonic() + PATIENCE_S
-    while engine._heartbeat == first and time.monotonic() < deadline:
+    while engine._loop.heartbeat == first and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert engine._heartbeat > first
+    assert engine._loop.heartbeat > first
     hold(gated)
-    stuck = engine._heartbeat
+    stuck = engine._loop.heartbeat
     age = engine.heartbeat_age_s()
     time.sleep(0.05)
-    assert engine._heartbeat == stuck
+    assert engine._loop.heartbeat == stuck
     assert engine.heartbeat_age_s() > age
 
 

@@ -201,7 +201,7 @@ def test_a_front_end_that_takes_nothing_ends_its_requests_and_not_the_loop() -> 
             raise Injected
         deliver(events)
 
-    served.engine._deliver = deaf
+    served.engine._delivery.deliver = deaf
     served.engine.submit(request("lost", range(4), max_tokens=50))
     served.engine.start()
     assert served.engine.drain(10.0)

@@ -185,7 +185,7 @@ def fingerprint(harness: Harness, num_added: int) -> object:
             for seq in (*scheduler.running, *scheduler.waiting)
         ),
         tuple((tuple(pool._blank), tuple(pool._cached), str(pool.published())) for pool in scheduler.kv.pools),
-        scheduler._blocked,
+        scheduler._planner.blocked,
     )
 
 

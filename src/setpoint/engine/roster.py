@@ -7,7 +7,7 @@ import random
 from bisect import insort
 from operator import attrgetter
 
-from setpoint.engine.blast_wall import client_error
+from setpoint.engine.blast_wall import Faults, client_error
 from setpoint.engine.events import Event
 from setpoint.engine.kv_cache import KVCache
 from setpoint.engine.queue_gate import QueueGate
@@ -39,6 +39,7 @@ class Roster:
         self.waiting: list[Sequence] = []
         self.sequences: dict[int, Sequence] = {}  # both of them, by seq_id
         self.requests: dict[str, ActiveRequest] = {}
+        self.faults: Faults | None = None
         self._kv = kv
         self._queue = queue
         self._counters = counters
@@ -165,6 +166,11 @@ class Roster:
         """End every sequence of a request with an error fit for its client."""
         outcome = Outcome(finish_reason="error", error=client_error(error))
         return [self.finish(seq, outcome, now) for seq in list(active.unfinished)]
+
+    def inject(self, point: str, seq: Sequence) -> None:
+        """A named place where tests make a request fail."""
+        if self.faults is not None:
+            self.faults(point, seq.owner.request.request_id)
 
     @staticmethod
     def event(seq: Sequence, outcome: Outcome, now: float) -> Event:

@@ -6,6 +6,7 @@ from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from setpoint.engine.diagnosis import Divergence
 from setpoint.engine.events import FinishReason, TokenLogprob
@@ -13,6 +14,9 @@ from setpoint.engine.lower_tiers import Fetch
 from setpoint.engine.request import Request
 from setpoint.engine.row_state import RowState
 from setpoint.engine.sessions import Session
+
+if TYPE_CHECKING:
+    from setpoint.engine.speculation.speculator import SequenceRecord
 
 MAX_JUMP = 128  # tokens that a grammar may force at once: bounds what one sequence does between two steps
 
@@ -77,6 +81,7 @@ class Sequence:
         "restore",
         "row_state",
         "seq_id",
+        "speculation",
         "status",
         "stop_ids",
         "token_ids",
@@ -102,7 +107,8 @@ class Sequence:
             request.params, seed=seed, prompt=self.token_ids, stop_ids=self.stop_ids, grammar=request.grammar
         )
         self.drafts: list[int] = []  # to be verified in the step under way
-        self.draft_states: dict[str, object] = {}  # of whoever drafts for it; the scheduler never looks inside
+        self.draft_states: dict[str, object] = {}  # by drafter: what each notes of it
+        self.speculation: SequenceRecord | None = None  # how its drafts fare; the scheduler never looks inside
         self.block_tables = tuple(array("i") for _ in range(num_groups))
         self.first_live = [0] * num_groups  # per group: logical blocks below it are -1
         self.block_keys: list[bytes] = []  # prefix-tree keys of the first full blocks of token_ids

@@ -74,6 +74,11 @@ class Counters:
     step_tokens: StepTokens = field(default_factory=StepTokens)
     speculation: SpeculationCounters = field(default_factory=SpeculationCounters)
 
+    def count_output(self, num_tokens: int, num_drawn: int) -> None:
+        """A sequence generated so many tokens, of which the runner drew some; the others were forced."""
+        self.generation_tokens += num_tokens
+        self.forced_tokens += num_tokens - num_drawn
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:

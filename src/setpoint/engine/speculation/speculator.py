@@ -134,10 +134,9 @@ class Speculator:
         return list(best.values())
 
     def _record(self, seq: Sequence) -> SequenceRecord:
-        found = seq.draft_states.get("")
-        if not isinstance(found, SequenceRecord):
-            found = seq.draft_states[""] = SequenceRecord([Record() for _ in self.drafters])
-        return found
+        if seq.speculation is None:
+            seq.speculation = SequenceRecord([Record() for _ in self.drafters])
+        return seq.speculation
 
     def _choose(
         self, choices: list[_Choice], decodes: abc.Sequence[Sequence], num_prefill: int, room: int, limit: int
