@@ -48,6 +48,16 @@ def test_what_cannot_be_read_is_named(text: str, says: str) -> None:
         Sla.parse(text)
 
 
+def test_levels_of_terms_and_what_they_give_together() -> None:
+    sla = Sla.parse("ttft.p95<200ms,ttft.p99<1s,tpot.p95<30ms,error.rate<0.1%")
+    assert [term.level for term in sla.terms] == [0.95, 0.99, 0.95, 0.999]
+    assert sla.joint_floor == pytest.approx(1 - 0.05 - 0.01 - 0.05 - 0.001)
+    assert sla.tightest("ttft") == 0.2
+    assert sla.tightest("e2e") is None
+    assert Sla.parse("ttft.mean<1s").joint_floor is None
+    assert Sla.parse("itl.p95<1s,stall.max<2s").joint_floor is None
+
+
 def test_a_percentile_is_over_all_arrivals() -> None:
     sla = Sla.parse("ttft.p95<200ms")
     assert sla.holds([timing(0.1)] * 95 + [timing(0.5)] * 5)

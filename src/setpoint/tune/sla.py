@@ -55,6 +55,17 @@ class Term:
             return f"error.rate<{self.bound * 100:g}%"
         return f"{self.metric}.{self.statistic}<{self.bound * 1e3:g}ms"
 
+    @property
+    def level(self) -> float | None:
+        """The share of requests that must meet the bound; None for means, and for gaps of all tokens."""
+        if self.metric == "error":
+            return 1.0 - self.bound
+        if self.statistic == "max":
+            return 1.0
+        if self.metric == "itl" or self.statistic not in PERCENTILES:
+            return None
+        return PERCENTILES[self.statistic] / 100
+
     def value(self, timings: Sequence[Timing]) -> float:
         """The statistic; inf where misses reach into it."""
         if self.metric == "error":
@@ -94,6 +105,18 @@ class Sla:
 
     def __str__(self) -> str:
         return ",".join(map(str, self.terms))
+
+    @property
+    def joint_floor(self) -> float | None:
+        """The least share of requests that meets all terms when each term holds by itself (union bound)."""
+        levels = [term.level for term in self.terms]
+        if any(level is None for level in levels):
+            return None
+        return max(0.0, 1.0 - sum(1.0 - level for level in levels if level is not None))
+
+    def tightest(self, metric: str) -> float | None:
+        """The smallest bound on any statistic of this metric, in seconds."""
+        return min((term.bound for term in self.terms if term.metric == metric), default=None)
 
     def is_good(self, timing: Timing) -> bool:
         """A whole answer that meets every bound by itself."""
