@@ -59,6 +59,15 @@ CASES: dict[str, dict[str, Any]] = {
     "compact schema": {"json": SCHEMA, "disable_any_whitespace": True},
     "regex": {"regex": r"(The|A) [a-z]{3,12} (is|was) [0-9]{1,4}\."},
     "choice": {"choice": ["New York", "New Orleans", "Newcastle"]},
+    "structural tag": {
+        "structural_tag": {  # a trigger that the model will write
+            "triggers": [" is", " has"],
+            "structures": [
+                {"begin": " is", "schema": {"enum": [True, False, "not known so far"]}, "end": " (so they say)"},
+                {"begin": " has <genre>", "schema": SCHEMA["properties"]["genre"], "end": "</genre>"},
+            ],
+        }
+    },
     "grammar": {"grammar": 'start: "[" item ("," item)* "]"\nitem: /[a-z]{1,5}/ | start'},
 }
 
@@ -110,6 +119,19 @@ def test_forced_tokens_change_nothing(llm: LLM, case: str, temperature: float) -
     finally:
         scheduler.limits = replace(scheduler.limits, jump_forward=True)
     assert tokens_of(llm, replace(params, logprobs=2)) == jumped
+
+
+def test_a_tag_follows_every_trigger(llm: LLM) -> None:
+    """Free text, of a model that was not asked for tags; each trigger is the beginning of a whole tag, or the cut."""
+    rest = re.compile(r'(true|false|"not known so far") \(so they say\)')
+    num_found = 0
+    for seed in range(4):
+        params = SamplingParams(structured_outputs=CASES["structural tag"], temperature=1.0, max_tokens=100, seed=seed)
+        for text in (output.text for output in llm.generate(["The film is", "My cat"], params)[0].outputs):
+            *tags, last = text.split(" is")[1:] or [""]
+            assert all(rest.match(tag) for tag in tags), text
+            num_found += len(tags) + bool(rest.match(last))
+    assert num_found > 0
 
 
 def test_company_changes_nothing(llm: LLM) -> None:

@@ -10,6 +10,7 @@ import pytest
 from house import EOS, TOKENIZER, VOCAB_SIZE
 
 from setpoint.engine.constraint import Constraint
+from setpoint.engine.json_schemas import MAX_OPTIONAL_PROPERTIES
 from setpoint.engine.structured_outputs import StructuredOutputs
 from setpoint.errors import RequestError
 from setpoint.grammar import compiler as compiling
@@ -142,7 +143,10 @@ def test_caches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         grammars.compile(StructuredOutputs(choice=[f"c{number}"]))
         with pytest.raises(RequestError):
             grammars.compile(StructuredOutputs(regex=f"[{number}"))
-    assert len(grammars._compiled) == len(grammars._refused) == 3
+    assert {name: (cache.num_entries, cache.num_evicted) for name, cache in grammars.cache_counts().items()} == {
+        "proved": (3, 5),
+        "refused": (3, 5),
+    }
     grammars.close()
 
 
@@ -175,6 +179,14 @@ def steps_to_the_limit(constraint: Constraint) -> int:
     raise AssertionError("no limit was reached")
 
 
+def test_what_a_tag_holds_is_refused_with_its_place(grammars: GrammarCompiler) -> None:
+    tag = {"begin": "<f>", "schema": {"type": "stsring"}, "end": ""}
+    with pytest.raises(RequestError) as caught:
+        grammars.compile(StructuredOutputs(structural_tag={"triggers": ["<f"], "structures": [tag]}))
+    assert (caught.value.param, caught.value.reason) == ("structured_outputs.structural_tag", "bad_constraint")
+    assert "stsring" in str(caught.value)
+
+
 def test_additional_properties_can_be_turned_off(grammars: GrammarCompiler) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {"const": 1}}}}}
     for closed in (False, True):
@@ -184,6 +196,17 @@ def test_additional_properties_can_be_turned_off(grammars: GrammarCompiler) -> N
             constraint.advance(byte)
         mask = constraint.mask()
         assert bool(mask[ord("z") >> 3] >> (ord("z") & 7) & 1) is not closed
+
+
+@pytest.mark.parametrize("more", [{}, {"additionalProperties": False}, {"patternProperties": {"^x": True}}])
+def test_as_many_optional_properties_as_are_allowed(grammars: GrammarCompiler, more: dict[str, Any]) -> None:
+    """The bound that is stated holds: what passes it can be built, and begun with any of them."""
+    properties = {f"property_{number}": {"type": "string"} for number in range(MAX_OPTIONAL_PROPERTIES)}
+    wanted = StructuredOutputs(json={"type": "object", "properties": properties, **more})
+    constraint = grammars.compile(wanted).start([EOS])
+    for byte in b'{"property_1": "a", "property_999": "':
+        assert constraint.mask()[byte >> 3] >> (byte & 7) & 1
+        constraint.advance(byte)
 
 
 def test_a_thousand_long_choices(grammars: GrammarCompiler) -> None:

@@ -27,6 +27,27 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+CALLS: dict[str, Any] = {
+    "triggers": ["<f="],
+    "structures": [
+        {"begin": "<f=one>", "schema": PERSON, "end": "</f>"},
+        {"begin": "<f=two>", "schema": {}, "end": "</f>"},
+    ],
+}
+THOUGHTS: dict[str, Any] = {
+    "type": "sequence",
+    "elements": [
+        {"type": "tag", "begin": "<t>", "content": {"type": "any_text"}, "end": "</t>"},
+        {
+            "type": "triggered_tags",
+            "triggers": ["he", "[b"],
+            "tags": [
+                {"begin": "hello", "content": {"type": "regex", "pattern": "a/b\\/[0-9]\n"}, "end": ""},
+                {"begin": "[b", "content": {"type": "const_string", "value": '"\\é\n'}, "end": "]"},
+            ],
+        },
+    ],
+}
 CASES: list[dict[str, Any]] = [
     {"json": PERSON},
     {"json": PERSON, "disable_any_whitespace": True},
@@ -37,6 +58,8 @@ CASES: list[dict[str, Any]] = [
     {"choice": ["hello", "hell", "the", "é漢🙂", 'a"b\\c\n']},
     {"grammar": 'start: "(" start ")" | /[a-z]+/'},
     {"grammar": 'root ::= "yes" | "no" tail\ntail ::= [0-9] tail | ""'},
+    {"structural_tag": CALLS},
+    {"structural_tag": {"format": THOUGHTS}, "disable_any_whitespace": True},
 ]
 
 
@@ -151,6 +174,101 @@ def test_nothing_follows_an_end() -> None:
     assert constraint.is_finished
     with pytest.raises(OutputViolationError):
         constraint.advance(ord("a"))
+
+
+def ends(fields: dict[str, Any], text: str) -> bool | None:
+    """Whether a text may end here; None where it breaks the structure."""
+    constraint = compiled(fields).start([EOS])
+    try:
+        take(constraint, text)
+    except OutputViolationError:
+        return None
+    return constraint.is_finished or EOS in allowed(constraint)
+
+
+@pytest.mark.parametrize(
+    ("text", "may_end"),
+    [
+        ("", True),
+        ("free <f one {text}", True),
+        ("free <f=", False),
+        ("free <f=x", None),
+        ('<f=one>{"name": "Ada", "age": 36}</f>', True),
+        ('<f=one>{"name": "Ada", "age": 36}</f> and <f=two>[null, {"a": 1}]</f>, done', True),
+        ('<f=one>{"name": "Ada", "age": 36}</f> <f=two>', False),
+        ('<f=one>{"name": "Ada", "age": 136', None),
+        ('<f=one>{"name": "Ada", "age": 36} ', None),
+        ('<f=one>{"name": "Ada", "age": 36}</g', None),
+    ],
+)
+def test_text_is_free_until_a_trigger(text: str, may_end: bool | None) -> None:
+    assert ends({"structural_tag": CALLS}, text) is may_end
+
+
+TAGGED = {
+    "triggers": ["<a", "<b"],
+    "tags": [
+        {"begin": "<a>", "content": {"type": "const_string", "value": "1"}, "end": "</a>"},
+        {"begin": "<b>", "content": {"type": "any_text"}, "end": "</b>"},
+    ],
+}
+ONCE, FIRST = {"stop_after_first": True}, {"at_least_one": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "may_end"),
+    [
+        ({}, "x <a>1</a> <b>anything <a> goes</b> y", True),
+        ({}, "<b>not yet", False),
+        (FIRST, "", False),
+        (FIRST, "x", None),
+        (FIRST, "<a>1</a> x <b>2</b> y", True),
+        (ONCE, "x", True),
+        (ONCE, "x <b></b>", True),
+        (ONCE, "x <b></b> ", None),
+        (ONCE | FIRST, "<a>1</a>", True),
+        (ONCE | FIRST, "<a>1</a>x", None),
+    ],
+)
+def test_how_many_tags(options: dict[str, bool], text: str, may_end: bool | None) -> None:
+    assert ends({"structural_tag": {"format": {"type": "triggered_tags"} | TAGGED | options}}, text) is may_end
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "may_end"),
+    [
+        ({}, "", True),
+        ({}, "<a>1</a>", True),
+        ({}, "<a>1</a>, ", False),
+        ({}, "<a>1</a>, <b>x</b>, <a>1</a>", True),
+        ({}, "<a>1</a> <b>", None),
+        (FIRST, "", False),
+        (ONCE, "<a>1</a>, ", None),
+        (ONCE, "", True),
+    ],
+)
+def test_tags_with_a_separator(options: dict[str, bool], text: str, may_end: bool | None) -> None:
+    format = {"type": "tags_with_separator", "separator": ", ", "tags": TAGGED["tags"]} | options
+    assert ends({"structural_tag": {"format": format}}, text) is may_end
+
+
+def test_other_formats() -> None:
+    thoughts = {"structural_tag": {"format": THOUGHTS}}
+    for text, may_end in (
+        ("<t>he thinks [b</t>", True),
+        ("<t>he thinks", False),
+        ("<t></t>so help", None),
+        ('<t></t>so helloa/b/7\n [b"\\é\n] fin', True),
+        ("no", None),
+    ):
+        assert ends(thoughts, text) is may_end, text
+    either = {
+        "type": "or",
+        "elements": [{"type": "const_string", "value": "é"}, {"type": "json_schema"} | {"json_schema": PERSON}],
+    }
+    assert ends({"structural_tag": {"format": either}}, "é") is True
+    assert ends({"structural_tag": {"format": either}}, '{"na') is False
+    assert ends({"structural_tag": {"format": {"type": "any_text"}}}, "whatever\n") is True
 
 
 def test_drafts_are_counted_and_leave_no_trace() -> None:

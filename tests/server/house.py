@@ -99,6 +99,7 @@ class House:
         runner: Runner | None = None,
         template: str | None = TEMPLATE,
         tokenizer: Any = TOKENIZER,
+        grammars: GrammarCompiler = GRAMMARS,
         **settings: Any,
     ) -> None:
         info = fake_info(vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN, num_blocks=num_blocks)
@@ -113,7 +114,7 @@ class House:
             router=self.router,
             tokenizer=tokenizer,
             chat_template=ChatTemplate(template, bos_token="<s>", eos_token="</s>") if template else None,
-            grammars=GRAMMARS,
+            grammars=grammars,
             model_names=(MODEL, "tiny-alias"),
             max_model_len=MAX_MODEL_LEN,
             settings=replace(ServerSettings(), **settings),

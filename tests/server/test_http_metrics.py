@@ -9,12 +9,15 @@ import socket
 import time
 from dataclasses import replace
 
-from house import House, completion, raw_request, until
+import pytest
+from house import TOKENIZER, VOCAB_SIZE, House, completion, raw_request, until
 
 from setpoint.engine.scheduler import SchedulerLimits
 from setpoint.engine.speculation.prompt_lookup import PromptLookup
 from setpoint.engine.speculation.speculator import Speculator
 from setpoint.engine.speculation.suffix import SessionSuffix
+from setpoint.grammar import compiler as compiling
+from setpoint.grammar.compiler import GrammarCompiler
 from setpoint.server.logs import EventLog
 from setpoint.server.metrics import Metrics, token_buckets
 
@@ -65,10 +68,22 @@ def agents(house: House) -> None:
             assert house.post(PATH, completion(prompt, max_tokens=2, session_id=name)).status_code == 200
 
 
-def test_every_metric_moves() -> None:
+def schemas_that_nobody_sends_twice(house: House) -> None:
+    """More of them than are remembered, built and refused."""
+    for number in range(3):
+        body = completion("x", guided_regex=f"[a-z]{number + 1}")
+        assert house.post(PATH, body).status_code == 200
+        assert house.post(PATH, completion("x", guided_regex=f"({number}")).status_code == 400
+
+
+def test_every_metric_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "MAX_COMPILED", 2)
+    monkeypatch.setattr(compiling, "MAX_REFUSED", 2)
+    grammars = GrammarCompiler(TOKENIZER, VOCAB_SIZE)
     limits = SchedulerLimits(max_num_seqs=3, max_num_queued_reqs=3, session_ttl_s=0.2, session_share=0.1)
-    with House(num_blocks=80, limits=limits, step_s=0.001, host_bytes=1 << 24) as house:
+    with House(num_blocks=80, limits=limits, step_s=0.001, host_bytes=1 << 24, grammars=grammars) as house:
         before = house.metrics()
+        schemas_that_nobody_sends_twice(house)
         agents(house)
         socks = busy_hour(house)
         during = house.metrics()
@@ -79,6 +94,7 @@ def test_every_metric_moves() -> None:
         after = house.metrics()
         for sock in socks:
             sock.close()
+    grammars.close()
     constant = {"vllm:cache_config_info", "setpoint_build_info"}
     never_here = {"setpoint_kv_blocks_leaked", "setpoint_output_violations_total"}  # 0 is their only right value
     moved = {family(name) for page in (during, after) for name, value in page.items() if value != before.get(name, 0)}
@@ -86,12 +102,14 @@ def test_every_metric_moves() -> None:
     assert exported - moved - constant - never_here == set()
     assert after['vllm:cache_config_info{block_size="16",engine="0",model_name="tiny",num_gpu_blocks="80"}'] == 1
     assert after['vllm:request_success_total{engine="0",finished_reason="stop",model_name="tiny"}'] > 0
+    assert after['setpoint_grammar_cache_evictions_total{cache="refused",engine="0",model_name="tiny"}'] == 1
     aborted = [value for name, value in after.items() if name.startswith("setpoint_requests_aborted_total")]
     assert sum(aborted) == 1  # the client that left, and none of the choices that a stop string ended
 
 
 def test_names_and_buckets(house: House) -> None:
     house.post(PATH, completion(max_tokens=3))
+    until(lambda: "vllm:request_success_total{" in house.get("/metrics").text)  # counted once the answer is out
     page = house.get("/metrics")
     assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
     names = {family(line) for line in page.text.splitlines() if line and not line.startswith("#")}

@@ -18,6 +18,11 @@ SCHEMA = {
     "additionalProperties": False,
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+CALLS: dict[str, Any] = {
+    "type": "structural_tag",
+    "structures": [{"begin": "x>", "schema": {"enum": [None, 1, "a"]}, "end": "!"}],
+    "triggers": ["x"],
+}
 LONG = {"max_tokens": 400, "temperature": 1.0}
 
 
@@ -68,6 +73,46 @@ def test_every_name_of_a_schema(house: House, fields: dict[str, Any]) -> None:
 def test_other_structures(house: House, fields: dict[str, Any], texts: set[str]) -> None:
     assert {content(house.post(CHAT, chat(seed=seed, **LONG, **fields))) for seed in range(12)} <= texts
     assert content(house.post(COMPLETIONS, completion(**LONG, **fields))) in texts
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": CALLS},
+        {"structured_outputs": {"structural_tag": CALLS}},
+        {"structured_outputs": {"structural_tag": json.dumps(CALLS)}},
+        {
+            "response_format": {
+                "type": "structural_tag",
+                "format": {
+                    "type": "triggered_tags",
+                    "triggers": ["x"],
+                    "tags": [
+                        {
+                            "begin": "x>",
+                            "content": {"type": "json_schema", "json_schema": {"enum": [None, 1, "a"]}},
+                            "end": "!",
+                        }
+                    ],
+                },
+            }
+        },
+    ],
+    ids=["format-legacy", "field-legacy", "field-text", "format-new"],
+)
+def test_structural_tags(house: House, fields: dict[str, Any]) -> None:
+    """Every x of a text that is otherwise random begins a tag that is whole, or cut by the length of the output."""
+    tags = [">null!", ">1!", '>"a"!']
+    num_found = 0
+    for seed in range(6):
+        body = completion(seed=seed, max_tokens=300, temperature=1.0, logit_bias={"120": 4}, **fields)
+        answer = house.post(COMPLETIONS, body)
+        assert answer.status_code == 200, answer.text
+        *parts, last = answer.json()["choices"][0]["text"].split("x")
+        assert all(part.startswith(tuple(tags)) for part in parts[1:]), parts
+        assert not parts or any(tag.startswith(last) or last.startswith(tag) for tag in tags), last
+        num_found += len(parts)
+    assert num_found > 0
 
 
 def test_json_object(house: House) -> None:
@@ -139,7 +184,18 @@ def test_usage_counts_forced_tokens_too(house: House) -> None:
         ({"structured_outputs": {"regex": None}}, "structured_outputs", "bad_constraint"),
         ({"structured_outputs": {"regx": "a"}}, "structured_outputs.regx", "unknown_field"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "out_of_range"),
-        ({"structured_outputs": {"structural_tag": {}}}, "structured_outputs.structural_tag", "not_supported"),
+        ({"structured_outputs": {"structural_tag": {}}}, "structured_outputs.structural_tag.format", "malformed"),
+        (
+            {"structured_outputs": {"structural_tag": CALLS | {"triggers": ["y"]}}},
+            "structured_outputs.structural_tag.triggers.0",
+            "bad_constraint",
+        ),
+        ({"response_format": CALLS | {"format": {"type": "any_text"}}}, "response_format.format", "unknown_field"),
+        ({"response_format": CALLS | {"triggers": "y"}}, "response_format.triggers", "malformed"),
+        ({"response_format": FORMAT | {"triggers": ["y"]}}, "response_format.triggers", "conflict"),
+        ({"response_format": {"type": "text", "format": {"type": "any_text"}}}, "response_format.format", "conflict"),
+        ({"response_format": {"type": "structural_tags"}}, "response_format.type", "out_of_range"),
+        ({"structured_outputs": {"json": {"$ref": "#"}}}, "structured_outputs.json", "bad_constraint"),
         ({"structured_outputs": {"regex": "a" * 8193}}, "structured_outputs.regex", "out_of_range"),
         ({"guided_regex": ""}, "guided_regex", "bad_constraint"),
         ({"guided_regex": "("}, "guided_regex", "bad_constraint"),
@@ -169,7 +225,7 @@ def test_usage_counts_forced_tokens_too(house: House) -> None:
             "response_format",
             "bad_constraint",
         ),
-        ({"response_format": {"type": "structural_tag"}}, "response_format.type", "not_supported"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format.format", "malformed"),
         ({"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend", "not_supported"),
         ({"guided_choice": ["a"], "allowed_token_ids": [98]}, "structured_outputs", "conflict"),
         ({"guided_choice": ["a"], "min_tokens": 2}, "min_tokens", "conflict"),

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from setpoint.engine.json_schemas import MAX_SCHEMA_DEPTH
 from setpoint.engine.sampling import SamplingParams
-from setpoint.engine.structured_outputs import MAX_SCHEMA_DEPTH, StructuredOutputs
+from setpoint.engine.structured_outputs import StructuredOutputs
 from setpoint.errors import RequestError
 
 
@@ -19,8 +20,9 @@ def nested(depth: int) -> dict[str, Any]:
     return schema
 
 
-def wide(count: int) -> dict[str, Any]:
-    return {"properties": {f"p{i}": True for i in range(count)}}
+def wide(count: int, num_optional: int = 0) -> dict[str, Any]:
+    names = [f"p{i}" for i in range(count)]
+    return {"properties": dict.fromkeys(names, True), "required": names[num_optional:]}
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,8 @@ def wide(count: int) -> dict[str, Any]:
         ({"json": '{"type": "object"}'}, "json"),
         ({"json": nested(MAX_SCHEMA_DEPTH)}, "json"),
         ({"json": wide(5000)}, "json"),
+        ({"json": wide(5000, num_optional=1000)}, "json"),
+        ({"json": wide(1000, num_optional=1000)}, "json"),
         ({"json": {"type": "object"}, "whitespace_pattern": " ?"}, "json"),
         ({"json": {"type": "object"}, "disable_any_whitespace": True}, "json"),
         ({"json_object": True, "disable_additional_properties": False}, "json_object"),
@@ -68,6 +72,8 @@ def test_what_is_accepted(fields: dict[str, Any], kind: str) -> None:
         ({"json": json.dumps(nested(400))}, "structured_outputs.json", "compile_limit"),
         ({"json": "[" * 100_000}, "structured_outputs.json", "compile_limit"),
         ({"json": wide(5001)}, "structured_outputs.json", "out_of_range"),
+        ({"json": wide(1001, num_optional=1001)}, "structured_outputs.json", "out_of_range"),
+        ({"json": {"items": wide(5000, num_optional=4999)}}, "structured_outputs.json", "out_of_range"),
         ({"json": {"description": "x" * (256 << 10)}}, "structured_outputs.json", "out_of_range"),
         ({"json": {"type": "object", "x-guidance": {"lenient": True}}}, "structured_outputs.json", "bad_constraint"),
         ({"regex": ""}, "structured_outputs.regex", "bad_constraint"),
@@ -83,7 +89,7 @@ def test_what_is_accepted(fields: dict[str, Any], kind: str) -> None:
         ({"choice": [1]}, "structured_outputs.choice", "malformed"),
         ({"choice": [str(i) for i in range(1025)]}, "structured_outputs.choice", "out_of_range"),
         ({"choice": ["x" * 4096] * 17}, "structured_outputs.choice", "out_of_range"),
-        ({"structural_tag": {"a": 1}}, "structured_outputs.structural_tag", "not_supported"),
+        ({"structural_tag": {"a": 1}}, "structured_outputs.structural_tag.a", "unknown_field"),
         ({"regex": "a", "whitespace_pattern": " "}, "structured_outputs.whitespace_pattern", "conflict"),
         ({"json_object": True, "whitespace_pattern": ""}, "structured_outputs.whitespace_pattern", "bad_constraint"),
         ({"json_object": True, "disable_any_whitespace": 1}, "structured_outputs.disable_any_whitespace", "malformed"),

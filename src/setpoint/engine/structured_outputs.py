@@ -6,16 +6,14 @@ schema, expression or grammar can be honoured is found out by whoever compiles i
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
+from setpoint.engine.json_schemas import SchemaError, checked_schema
+from setpoint.engine.structural_tags import checked_structural_tag
 from setpoint.errors import RequestError
 
-MAX_SCHEMA_BYTES: Final = 256 << 10
-MAX_SCHEMA_PROPERTIES: Final = 5_000
-MAX_SCHEMA_DEPTH: Final = 64
 MAX_REGEX_CHARS: Final = 8 << 10
 MAX_GRAMMAR_CHARS: Final = 64 << 10
 MAX_CHOICES: Final = 1_024
@@ -24,12 +22,13 @@ MAX_CHOICES_CHARS: Final = 64 << 10  # of all together
 MAX_WHITESPACE_CHARS: Final = 256
 KINDS: Final = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 _JSON_ONLY: Final = ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties")
-_PROPERTIES: Final = frozenset({"properties", "patternProperties"})
+_WITH_JSON: Final = ("json", "json_object", "structural_tag")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputs:
-    """Exactly one of the first six; the others say more about JSON. `json` is kept as text, in its own order of keys.
+    """Exactly one of the first six; the others say more about JSON. `json` and `structural_tag` are kept as text, in
+    their own order of keys.
 
     `param` is the field that a client wrote it in, for errors about it.
     """
@@ -39,7 +38,7 @@ class StructuredOutputs:
     choice: Collection[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
-    structural_tag: Any = None
+    structural_tag: str | Mapping[str, Any] | None = None
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool | None = None
     disable_additional_properties: bool | None = None
@@ -53,7 +52,10 @@ class StructuredOutputs:
         self._check_options(kinds[0])
         match kinds[0]:
             case "json":
-                object.__setattr__(self, "json", self._checked_schema(self.json))
+                try:
+                    object.__setattr__(self, "json", checked_schema(self.json))
+                except SchemaError as error:
+                    raise self._error("json", str(error), error.reason) from None
             case "regex":
                 self._check_text("regex", self.regex, MAX_REGEX_CHARS)
             case "grammar":
@@ -64,7 +66,8 @@ class StructuredOutputs:
                 if self.json_object is not True:
                     raise self._error("json_object", "must be true")
             case _:
-                raise self._error("structural_tag", "is a feature that is not there yet", "not_supported")
+                checked = checked_structural_tag(self.structural_tag, self._tag_error)
+                object.__setattr__(self, "structural_tag", checked)
 
     @classmethod
     def of(cls, value: Any, param: str = "structured_outputs") -> StructuredOutputs:
@@ -97,13 +100,18 @@ class StructuredOutputs:
         where = self.param if not name or self.param != "structured_outputs" else f"structured_outputs.{name}"
         return RequestError(f"{where} {message}.", param=where, reason=reason)
 
+    def _tag_error(self, path: str, message: str, reason: str) -> RequestError:
+        where = self._error("structural_tag", "").param
+        where = f"{where}.{path}" if path else where
+        return RequestError(f"{where} {message}.", param=where, reason=reason)
+
     def _check_options(self, kind: str) -> None:
         for name in _JSON_ONLY:
             value = getattr(self, name)
             if value is None or value is False:
                 continue
-            if kind not in ("json", "json_object"):
-                raise self._error(name, "needs json or json_object", "conflict")
+            if kind not in _WITH_JSON:
+                raise self._error(name, f"needs {' or '.join(_WITH_JSON)}", "conflict")
             if name == "whitespace_pattern":
                 self._check_text(name, value, MAX_WHITESPACE_CHARS)
             elif value is not True:
@@ -133,54 +141,3 @@ class StructuredOutputs:
         if sum(map(len, value)) > MAX_CHOICES_CHARS:
             raise self._error("choice", f"holds more than {MAX_CHOICES_CHARS} characters", "out_of_range")
         return tuple(dict.fromkeys(value))
-
-    def _checked_schema(self, value: Any) -> str:
-        """The schema as text, within the limits. Text is parsed by the same rules as a request's body."""
-        try:
-            if isinstance(value, str):
-                if len(value) > MAX_SCHEMA_BYTES:
-                    raise self._error("json", f"exceeds {MAX_SCHEMA_BYTES} bytes", "out_of_range")
-                value = json.loads(value, parse_constant=_refuse_constant)
-            text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-            size = len(text.encode())
-        except RecursionError:
-            raise self._error("json", f"is nested deeper than {MAX_SCHEMA_DEPTH}", "compile_limit") from None
-        except (TypeError, ValueError):
-            raise self._error("json", "is not a JSON schema in valid Unicode") from None
-        if size > MAX_SCHEMA_BYTES:
-            raise self._error("json", f"has {size} bytes, at most {MAX_SCHEMA_BYTES} are allowed", "out_of_range")
-        if not isinstance(value, Mapping):
-            raise self._error("json", "must be an object", "malformed")
-        if not value:
-            raise self._error("json", "is empty, which allows anything; json_object asks for any object")
-        self._check_shape(value)
-        return text
-
-    def _check_shape(self, schema: Mapping[str, Any]) -> None:
-        num_properties = 0
-        for depth, node in _nodes(schema):
-            if depth > MAX_SCHEMA_DEPTH:
-                raise self._error("json", f"is nested deeper than {MAX_SCHEMA_DEPTH}", "compile_limit")
-            if isinstance(node, Mapping):
-                num_properties += sum(len(node[name]) for name in _PROPERTIES if isinstance(node.get(name), Mapping))
-        if num_properties > MAX_SCHEMA_PROPERTIES:
-            message = f"has {num_properties} properties, at most {MAX_SCHEMA_PROPERTIES} are allowed"
-            raise self._error("json", message, "out_of_range")
-        if "x-guidance" in schema:
-            raise self._error("json", "x-guidance is not accepted; use the fields of structured_outputs")
-
-
-def _nodes(schema: Any) -> Iterator[tuple[int, Any]]:
-    """Every object and list of the schema, with its depth; stops at the first one that is too deep."""
-    left = [(1, schema)]
-    while left:
-        depth, node = left.pop()
-        yield depth, node
-        if depth > MAX_SCHEMA_DEPTH:
-            return
-        children = node.values() if isinstance(node, Mapping) else node
-        left += [(depth + 1, child) for child in children if isinstance(child, Mapping | list | tuple)]
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")

@@ -42,6 +42,7 @@ class _Recent(Generic[Value]):
         self._capacity = capacity
         self._values: OrderedDict[bytes, Value] = OrderedDict()
         self._lock = threading.Lock()
+        self.num_evicted = 0
 
     def __len__(self) -> int:
         return len(self._values)
@@ -59,6 +60,7 @@ class _Recent(Generic[Value]):
             self._values.move_to_end(key)
             while len(self._values) > self._capacity:
                 self._values.popitem(last=False)
+                self.num_evicted += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,14 @@ class _Refusal:
 
     def error(self, wanted: StructuredOutputs) -> RequestError:
         return wanted.error(self.message, self.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCounts:
+    """Of one of the two caches: what it holds now, and what it gave up for newer ones."""
+
+    num_entries: int
+    num_evicted: int
 
 
 class GrammarCompiler:
@@ -101,6 +111,11 @@ class GrammarCompiler:
         except ValueError as error:
             raise wanted.error(f"cannot be honoured: {error}") from None
         return CompiledGrammar(matcher, vocabulary, wanted.param, may_name_tokens=form == "grammar")
+
+    def cache_counts(self) -> Mapping[str, CacheCounts]:
+        """By cache: grammars proved to build, and grammars refused."""
+        caches: dict[str, _Recent[Any]] = {"proved": self._compiled, "refused": self._refused}
+        return {name: CacheCounts(len(cache), cache.num_evicted) for name, cache in caches.items()}
 
     def close(self) -> None:
         """End the processes; they also end with this object or the program."""

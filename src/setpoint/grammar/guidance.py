@@ -22,8 +22,8 @@ STEP_ITEMS: Final = 30_000  # about 20,000 a millisecond
 # in its own notation can have, 2,000 take seconds; where they are what may come next, as the properties of an object,
 # milliseconds.
 ROW_ITEMS: Final = {"grammar": 500}
-MOST_ROW_ITEMS: Final = 4_000
-FORMS: Final = ("json", "regex", "choice", "grammar")
+MOST_ROW_ITEMS: Final = 4_200  # four for each of the optional properties that an object may have, and some
+FORMS: Final = ("json", "regex", "choice", "grammar", "structural_tag")
 
 
 def make_limits(form: str) -> LLParserLimits:
@@ -69,7 +69,7 @@ def grammar_text(form: str, source: str) -> str:
         return '{"grammars":[{"json_schema":' + source + "}]}"
     if form == "regex":
         return str(LLMatcher.grammar_from_regex(source))
-    if form == "choice":
+    if form in ("choice", "structural_tag"):  # written by us
         return source
     if source.lstrip().startswith("{"):  # llguidance would take it for a list of grammars, with options
         raise ValueError("a grammar is written in Lark's notation or in GBNF")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from setpoint.engine.structured_outputs import StructuredOutputs
+from setpoint.grammar.structural_tags import structural_tag_source
 
 MAX_NESTING: Final = 64  # of brackets
 # Between the tokens of JSON: nothing, a space, or a new line and its indentation. Without a bound, small models
@@ -26,6 +27,9 @@ def grammar_source(wanted: StructuredOutputs) -> tuple[str, str]:
         case "choice":
             # One expression: as alternatives of a rule, a thousand of them would be followed side by side.
             return "choice", "start: CHOICE\nCHOICE: " + " | ".join(_literal(choice) for choice in wanted.choice or ())
+        case "structural_tag":
+            tag = json.loads(str(wanted.structural_tag))
+            return "structural_tag", structural_tag_source(tag, lambda schema: _schema(wanted, schema))
         case kind:
             text = str(wanted.regex if kind == "regex" else wanted.grammar)
             _check_nesting(wanted, text)

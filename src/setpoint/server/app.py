@@ -40,6 +40,7 @@ def create_app(context: ServerContext) -> FastAPI:
         context.engine.stats,
         version=context.version,
         cache_info=context.cache_info,
+        grammars=context.grammars,
     )
     admission = Admission(context)
 

@@ -22,6 +22,7 @@ from setpoint.server.openai import (
     Message,
     ResponseFormat,
     StreamOptions,
+    Structure,
     StructuredOutputsFields,
     TextPart,
     Wire,
@@ -68,7 +69,10 @@ FORBIDDEN: Final = {
 # Names that official clients add to messages they send back, and what they hold when nothing is meant.
 _MESSAGE_EXTRAS: Final = ("refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id")
 _PART_TYPES: Final = ("image_url", "input_audio", "audio_url", "video_url", "file", "input_image", "refusal")
-_NESTED: Final = (Message, TextPart, StreamOptions, Document, ResponseFormat, JsonSchemaFormat, StructuredOutputsFields)
+_NESTED: Final = (
+    *(Message, TextPart, StreamOptions, Document),
+    *(ResponseFormat, JsonSchemaFormat, Structure, StructuredOutputsFields),
+)
 
 WireT = TypeVar("WireT", bound=Wire)
 
@@ -102,12 +106,6 @@ def _refuse_features(payload: dict[str, Any], wire_type: type[Wire]) -> None:
                     raise ApiError("not_supported", f"'{name}' is refused: {FORBIDDEN[name]}.", param=name, status=400)
                 raise _not_supported(name)
             del payload[name]
-    if "response_format" in wire_type.model_fields:
-        kind, outputs = payload.get("response_format"), payload.get("structured_outputs")
-        if isinstance(kind, dict) and kind.get("type") == "structural_tag":
-            raise _not_supported("response_format.type")
-        if isinstance(outputs, dict) and outputs.get("structural_tag") is not None:
-            raise _not_supported("structured_outputs.structural_tag")
     if wire_type is ChatRequest:
         effort, choice = payload.get("reasoning_effort"), payload.get("tool_choice")
         if effort in ("minimal", "low", "medium", "high", "xhigh", "max"):

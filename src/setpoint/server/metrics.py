@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from setpoint.engine.stats import STEP_TOKEN_BOUNDS, EngineStats, SpeculationCounters
+from setpoint.grammar.compiler import GrammarCompiler
 from setpoint.server.generation import Generation
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -42,7 +43,7 @@ def token_buckets(max_model_len: int) -> tuple[int, ...]:
 
 
 class Metrics:
-    """One registry per server. `stats` reads the engine, `info` are constant labels of the build and the cache."""
+    """One registry per server. `stats` reads the engine, `cache_info` are constant labels of the KV cache."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Metrics:
         *,
         version: str,
         cache_info: Mapping[str, str],
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
         self._label_values = (model_name, "0")
@@ -73,7 +75,7 @@ class Metrics:
         self._preemptions = self._histogram("request_num_preemptions", "Preemptions of a request.", PREEMPTIONS)
         self._success = self._counter("vllm:request_success", "Finished choices.", "finished_reason")
         self._rejected = self._counter("setpoint_requests_rejected", "Requests answered with an error.", "reason")
-        self._registry.register(_EngineCollector(self._label_values, stats, version, cache_info))
+        self._registry.register(_EngineCollector(self._label_values, stats, version, cache_info, grammars))
 
     def page(self) -> bytes:
         return generate_latest(self._registry)
@@ -139,8 +141,10 @@ class _EngineCollector(Collector):
         stats: Callable[[], EngineStats],
         version: str,
         cache_info: Mapping[str, str],
+        grammars: GrammarCompiler | None,
     ) -> None:
         self._labels = label_values
+        self._grammars = grammars
         self._stats = stats
         self._version = version
         self._cache_info = dict(cache_info)
@@ -150,6 +154,8 @@ class _EngineCollector(Collector):
         yield from self._gauges(stats)
         yield from self._counters(stats)
         yield self._step_tokens(stats)
+        if self._grammars is not None:
+            yield from self._grammar_caches(self._grammars)
         yield self._family(GaugeMetricFamily, "vllm:cache_config_info", "The KV cache.", 1, self._cache_info)
         yield self._family(GaugeMetricFamily, "setpoint_build_info", "This build.", 1, {"version": self._version})
 
@@ -232,6 +238,15 @@ class _EngineCollector(Collector):
             "Time that drafts saved so far, by the measured cost of steps; below zero they cost more than they brought."
         )
         yield self._family(GaugeMetricFamily, "setpoint_spec_decode_saved_seconds", text, totals.saved_seconds)
+
+    def _grammar_caches(self, grammars: GrammarCompiler) -> Iterator[Metric]:
+        counts = grammars.cache_counts()
+        entries = {name: cache.num_entries for name, cache in counts.items()}
+        evicted = {name: cache.num_evicted for name, cache in counts.items()}
+        name = "setpoint_grammar_cache_entries"
+        yield self._split(GaugeMetricFamily, name, "Grammars remembered as proved or refused.", "cache", entries)
+        name = "setpoint_grammar_cache_evictions"
+        yield self._split(CounterMetricFamily, name, "Of these, given up for newer ones.", "cache", evicted)
 
     def _step_tokens(self, stats: EngineStats) -> Metric:
         steps = stats.counters.step_tokens

@@ -11,14 +11,14 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from setpoint.engine.json_schemas import MAX_SCHEMA_BYTES, MAX_SCHEMA_PROPERTIES
 from setpoint.engine.sampling import BOUNDS
+from setpoint.engine.structural_tags import MAX_TAG_CHARS, MAX_TAGS, MAX_TRIGGERS
 from setpoint.engine.structured_outputs import (
     MAX_CHOICE_CHARS,
     MAX_CHOICES,
     MAX_GRAMMAR_CHARS,
     MAX_REGEX_CHARS,
-    MAX_SCHEMA_BYTES,
-    MAX_SCHEMA_PROPERTIES,
     MAX_WHITESPACE_CHARS,
 )
 
@@ -73,9 +73,22 @@ class JsonSchemaFormat(Wire):
     strict: bool | None = None  # it is, either way
 
 
+TagText = Annotated[str, Field(max_length=MAX_TAG_CHARS)]
+TagFormat = Annotated[dict[str, Any], Field(max_length=8)]  # one of those of `engine.structural_tags`
+
+
+class Structure(Wire):
+    begin: TagText
+    schema_: Schema | SchemaText | bool = Field(alias="schema")
+    end: TagText
+
+
 class ResponseFormat(Wire):
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
+    structures: Annotated[list[Structure], Field(max_length=MAX_TAGS)] | None = None
+    triggers: Annotated[list[TagText], Field(max_length=MAX_TRIGGERS)] | None = None
+    format: TagFormat | None = None
 
 
 class StructuredOutputsFields(Wire):
@@ -84,6 +97,7 @@ class StructuredOutputsFields(Wire):
     choice: Choices | None = None
     grammar: Grammar | None = None
     json_object: bool | None = None
+    structural_tag: TagFormat | SchemaText | None = None
     whitespace_pattern: Whitespace | None = None
     disable_any_whitespace: bool | None = None
     disable_additional_properties: bool | None = None

@@ -20,6 +20,12 @@ _KINDS: Final = {  # field of a request -> field of StructuredOutputs
     "ebnf": "grammar",
     "json_schema": "json",
 }
+_OF_TYPE: Final = {
+    "json_schema": "json_schema",
+    "structures": "structural_tag",
+    "triggers": "structural_tag",
+    "format": "structural_tag",
+}
 
 
 def wanted_structure(body: GenerationFields) -> StructuredOutputs | None:
@@ -27,8 +33,8 @@ def wanted_structure(body: GenerationFields) -> StructuredOutputs | None:
     wanted: list[tuple[str, dict[str, Any]]] = []
     if body.response_format is not None and body.response_format.type != "text":
         wanted.append(("response_format", _response_format(body.response_format)))
-    elif body.response_format is not None and body.response_format.json_schema is not None:
-        raise _conflict("response_format.json_schema", 'needs "type": "json_schema"')
+    elif body.response_format is not None:
+        _refuse_others(body.response_format, "text")
     if body.structured_outputs is not None:
         wanted.append(("structured_outputs", body.structured_outputs.model_dump(by_alias=True, exclude_none=True)))
     for name, kind in _KINDS.items():
@@ -47,14 +53,23 @@ def wanted_structure(body: GenerationFields) -> StructuredOutputs | None:
 
 
 def _response_format(format: ResponseFormat) -> dict[str, Any]:
-    if format.type == "json_object":
-        if format.json_schema is not None:
-            raise _conflict("response_format.json_schema", 'needs "type": "json_schema"')
-        return {"json_object": True}
+    _refuse_others(format, format.type)
+    match format.type:
+        case "json_object":
+            return {"json_object": True}
+        case "structural_tag":
+            return {"structural_tag": format.model_dump(by_alias=True, exclude_none=True)}
     if format.json_schema is None:
         message = "'response_format.json_schema' is required."
         raise RequestError(message, param="response_format.json_schema", reason="malformed")
     return {"json": format.json_schema.schema_}
+
+
+def _refuse_others(format: ResponseFormat, kind: str) -> None:
+    """Fields that belong to another type of format."""
+    for name, needs in _OF_TYPE.items():
+        if needs != kind and getattr(format, name) is not None:
+            raise _conflict(f"response_format.{name}", f'needs "type": "{needs}"')
 
 
 def compile_structure(context: ServerContext, wanted: StructuredOutputs) -> Grammar:
