@@ -1,4 +1,4 @@
-"""What this process finds around it. The only module that reads environment variables (huggingface-hub reads its own)."""
+"""What this process finds around it. Only this module reads environment variables (huggingface-hub reads its own)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what the user left open to numbers, and why: facts of machine and model in, a whole config and its reasons out."""
+"""From what the user left open to numbers, and why: facts of machine and model in, a whole config and reasons out."""
 
 from __future__ import annotations
 
