@@ -9,7 +9,7 @@ from engine_support import request
 
 from setpoint.engine.plan import LogitsRow, PlanEntry, RowSampling, StepPlan
 from setpoint.engine.scheduler import Scheduler, SchedulerLimits
-from setpoint.runtime.fake import CostModelRunner, FakeRunner, KVError, StepCost, VirtualClock, fake_info
+from setpoint.runtime.fake import CostModelRunner, FakeRunner, KVError, LinearCost, VirtualClock, fake_info
 
 SAMPLE = RowSampling(temperature=0.0)
 INFO = fake_info(num_blocks=8, block_size=4, max_model_len=32)
@@ -142,7 +142,7 @@ def test_a_closed_runner_refuses() -> None:
 
 def test_the_cost_model_advances_the_virtual_clock() -> None:
     clock = VirtualClock()
-    cost = StepCost(base_s=1.0, per_sequence_s=0.1, per_token_s=0.01, per_context_token_s=0.001)
+    cost = LinearCost(base_s=1.0, per_sequence_s=0.1, per_token_s=0.01, per_context_token_s=0.001)
     runner = CostModelRunner(INFO, clock, cost)
     runner.execute(StepPlan((entry([1, 2, 3], 0, [0]), entry([1], 9, [0]))))
     assert clock() == pytest.approx(1.0 + 0.2 + 0.04 + 0.013)
@@ -153,7 +153,7 @@ def test_the_cost_model_advances_the_virtual_clock() -> None:
 def test_a_simulated_run_has_the_lengths_and_times_of_its_model() -> None:
     """Eight decodes of a linear model: the engine's own scheduler on virtual time."""
     clock = VirtualClock()
-    runner = CostModelRunner(INFO, clock, StepCost(base_s=1.0, per_token_s=0.5))
+    runner = CostModelRunner(INFO, clock, LinearCost(base_s=1.0, per_token_s=0.5))
     scheduler = Scheduler(INFO, SchedulerLimits(max_num_batched_tokens=4))
     scheduler.add(request("a", range(6), max_tokens=3, ignore_eos=True), clock())
     events = []

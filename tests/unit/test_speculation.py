@@ -25,7 +25,7 @@ from setpoint.engine.speculation.suffix import CorpusSuffix, RecurringText, Sess
 from setpoint.engine.speculation.suffix_automaton import Follower, SuffixAutomaton
 from setpoint.engine.speculation.verify_cost import VerifyCost
 from setpoint.errors import ConfigError
-from setpoint.runtime.fake import CostModelRunner, FakeRunner, StepCost, VirtualClock, fake_info
+from setpoint.runtime.fake import CostModelRunner, FakeRunner, LinearCost, VirtualClock, fake_info
 
 texts = st.lists(st.integers(0, 3), max_size=60)
 
@@ -226,7 +226,7 @@ def counting(context: list[int]) -> int:
     return (context[-1] + 1) % 256
 
 
-def simulate(drafter: Drafter | None, cost: StepCost, *, num_seqs: int, tokens: int = 200) -> tuple[float, Scheduler]:
+def simulate(drafter: Drafter | None, cost: LinearCost, *, num_seqs: int, tokens: int = 200) -> tuple[float, Scheduler]:
     """Seconds of virtual time for `num_seqs` sequences of so many tokens."""
     info = fake_info(num_blocks=2000, block_size=16, max_model_len=1024)
     speculator = None if drafter is None else Speculator([drafter])
@@ -245,8 +245,8 @@ def simulate(drafter: Drafter | None, cost: StepCost, *, num_seqs: int, tokens: 
     return clock(), scheduler
 
 
-CHEAP_ROWS = StepCost(base_s=4e-3, per_token_s=2e-4)  # bound by memory: a row more costs a twentieth
-DEAR_ROWS = StepCost(base_s=1e-4, per_token_s=1e-3)  # bound by arithmetic: a row more costs a row
+CHEAP_ROWS = LinearCost(base_s=4e-3, per_token_s=2e-4)  # bound by memory: a row more costs a twentieth
+DEAR_ROWS = LinearCost(base_s=1e-4, per_token_s=1e-3)  # bound by arithmetic: a row more costs a row
 
 
 def test_right_guesses_are_drafted_where_rows_are_cheap() -> None:
@@ -261,7 +261,7 @@ def test_right_guesses_are_drafted_where_rows_are_cheap() -> None:
 
 @pytest.mark.parametrize("num_seqs", [1, 4, 16])
 @pytest.mark.parametrize(("cost", "wrong"), [(CHEAP_ROWS, True), (DEAR_ROWS, True), (DEAR_ROWS, False)])
-def test_drafts_never_cost_more_than_they_bring(num_seqs: int, cost: StepCost, wrong: bool) -> None:
+def test_drafts_never_cost_more_than_they_bring(num_seqs: int, cost: LinearCost, wrong: bool) -> None:
     plain, _ = simulate(None, cost, num_seqs=num_seqs, tokens=400)
     drafted, _ = simulate(Oracle(counting, wrong), cost, num_seqs=num_seqs, tokens=400)
     assert plain / drafted >= 0.98
