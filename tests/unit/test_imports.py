@@ -27,7 +27,7 @@ ALLOWED = {  # package -> the packages of ours it may import, besides itself
     "llm": {"assemble", "config", "engine", "errors", "loaders", "text"},
     "server": {"engine", "text", "grammar", "config", "errors"},
     "workload": {"errors"},
-    "tune": {"engine", "runtime", "config", "errors", "_native"},
+    "tune": {"engine", "runtime", "workload", "config", "errors", "_native"},
     "cli": EVERYTHING | {"assemble", "server", "tune", "workload", "llm", "_native", "__init__"},
 }
 STANDARD_OR_NUMPY = set(sys.stdlib_module_names) | {"numpy", "__future__"}
@@ -78,6 +78,43 @@ def test_only_the_fake_runtime_and_the_measure_know_each_other() -> None:
     for path in (SOURCE / "tune").rglob("*.py"):
         runtime = {name for name in imports(path) if name.startswith("setpoint.runtime")}
         assert all(name.startswith("setpoint.runtime.fake") for name in runtime)
+
+
+POLICY = {"plan", "admit", "preempt", "evict", "draft", "pop", "grow", "can_admit", "order"}
+
+
+def test_the_simulator_decides_nothing() -> None:
+    """What plays the world around a scheduler has no method by which one decides, and changes none of its parts."""
+    played = [SOURCE / "tune" / name for name in ("simulate.py", "arrivals.py", "recording.py")]
+    deciding = ("planner", "committer", "roster", "kv_cache", "block_pool", "eviction", "queue_gate", "pacer")
+    for path in (*played, SOURCE / "runtime" / "fake.py"):
+        names = {node.name for node in syntax(path) if isinstance(node, ast.FunctionDef)}
+        assert not names & POLICY, f"{path.name} defines {names & POLICY}"
+        assert not {name for name in imports(path) for part in deciding if name.startswith(f"setpoint.engine.{part}")}
+
+
+CLOCKS = {"time", "monotonic", "perf_counter", "sleep", "urandom", "default_rng", "SystemRandom", "now"}
+MAY_READ = {  # (file, name): why
+    ("blast_wall.py", "perf_counter"),  # what moving blocks took
+    ("disk_store.py", "time"),  # ages of files
+    ("disk_tier.py", "monotonic"),  # default of its clock: a thread of its own
+    ("engine.py", "monotonic"),  # default of the engine's clock
+    ("loop.py", "sleep"),  # the end of an engine whose disk is behind
+    ("prefix_tree.py", "urandom"),  # secret of the keys: decides nothing
+    ("speculator.py", "perf_counter"),  # default of its clock
+}
+
+
+def test_the_engine_reads_no_clock_and_no_dice_of_its_own() -> None:
+    """Under a virtual clock the same inputs give the same plans."""
+    read = set()
+    for path in (SOURCE / "engine").rglob("*.py"):
+        for node in syntax(path):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                if node.value.id in ("time", "os", "random", "datetime") and node.attr in CLOCKS:
+                    read.add((path.name, node.attr))
+                assert node.value.id != "random" or node.attr == "Random", f"{path.name}: unseeded random numbers"
+    assert read <= MAY_READ
 
 
 @pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(SOURCE)))

@@ -29,9 +29,7 @@ class StepSample:
     seconds: float
 
 
-def fit_step_cost(
-    samples: Sequence[StepSample], *, host_s: float = 0.0, host_per_entry_s: float = 0.0
-) -> StepCost:
+def fit_step_cost(samples: Sequence[StepSample], *, host_s: float = 0.0, host_per_entry_s: float = 0.0) -> StepCost:
     """Raises ConfigError when there is nothing to fit."""
     if not samples or any(sample.seconds <= 0 or sample.shape.tokens < 1 for sample in samples):
         raise ConfigError("a step cost needs measured steps; run `setpoint probe MODEL`")

@@ -1,4 +1,4 @@
-"""The engine's own scheduler on a virtual clock: what a trace would see, without a model and in a hundredth of the time.
+"""The engine's own scheduler on a virtual clock: what a trace would see, without a model, in a hundredth of the time.
 
 Everything that decides is the production object: queue, scheduler, block pools, prefix tree, sessions, speculator. Here
 are only the parts that the world plays: requests come when the trace says, steps take what the step-cost model says
