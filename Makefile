@@ -10,6 +10,7 @@ MODEL   ?= smollm2-135m
 JOBS    ?= $(shell nproc)
 NATIVE_BUILD = $(shell ls -dt build/*/CMakeCache.txt | head -1 | xargs dirname)
 NATIVE  := CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+PACKAGES := $(shell find src -name __init__.py)
 
 help:
 	@echo "make serve [PORT=8000] [MODEL=smollm2-135m]   serve a model"
@@ -23,8 +24,9 @@ $(VENV)/.tools: pyproject.toml
 	$(PYTHON) -m pip install --quiet "scikit-build-core>=0.11" "nanobind>=2.9" "cmake>=3.18" ninja
 	@touch $@
 
-# The package itself, editable: Python changes count at once, native sources trigger an incremental build.
-$(VENV)/.installed: $(VENV)/.tools $(NATIVE)
+# The package itself, editable: Python changes count at once; native sources trigger an incremental build, a new
+# package a new list of where modules are.
+$(VENV)/.installed: $(VENV)/.tools $(NATIVE) $(PACKAGES)
 	@echo "setpoint: building and installing ..."
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PYTHON) -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	@touch $@

@@ -201,42 +201,34 @@ def _build_engine(
 
     phase("loading weights")
     began = clock()
-    runner = _make_runner(opened, resolved)
-    phases["lower"] = clock() - began
-    try:  # the weights come in meanwhile
+    with contextlib.ExitStack() as unfinished:  # closes what was opened when something after it fails
+        runner = _make_runner(opened, resolved)
+        unfinished.callback(runner.close)
+        phases["lower"] = clock() - began
         began = clock()
-        tokenizer, chat_template = _load_text(opened)
+        tokenizer, chat_template = _load_text(opened)  # the weights come in meanwhile
         phases["tokenizer"] = clock() - began
         began = clock()
         runner.wait_for_weights()
-    except BaseException:
-        runner.close()
-        raise
-    phases["cached weights" if runner.loading.cached else "weights"] = clock() - began
-    try:
+        phases["cached weights" if runner.loading.cached else "weights"] = clock() - began
         lower = _lower_tiers(resolved, runner)
+        if lower is not None and lower.disk is not None:
+            unfinished.callback(lower.disk.close, 0.0)
         speculator = _make_speculator(speculation, draft_model, opened.checkpoint.num_bytes)
-    except BaseException:
-        runner.close()
-        raise
-    scheduler = Scheduler(
-        runner.info,
-        SchedulerLimits(
-            max_num_seqs=resolved.max_num_seqs,
-            max_num_batched_tokens=resolved.max_num_batched_tokens,
-            max_drafts=speculation.num_speculative_tokens,
-            max_num_queued_reqs=resolved.max_num_queued_reqs,
-            max_num_queued_tokens=resolved.max_num_queued_tokens,
-            session_ttl_s=resolved.session_ttl,
-            session_share=resolved.session_share,
-        ),
-        enable_prefix_caching=resolved.enable_prefix_caching,
-        seed=resolved.seed,
-        speculator=speculator,
-        lower=lower,
-    )
+        if speculator is not None:
+            unfinished.callback(speculator.close)
+        scheduler = Scheduler(
+            runner.info,
+            _scheduler_limits(resolved, speculation),
+            enable_prefix_caching=resolved.enable_prefix_caching,
+            seed=resolved.seed,
+            speculator=speculator,
+            lower=lower,
+        )
+        engine = Engine(scheduler, runner, deliver)
+        unfinished.pop_all()
     return Assembly(
-        engine=Engine(scheduler, runner, deliver),
+        engine=engine,
         tokenizer=tokenizer,
         chat_template=chat_template,
         grammars=GrammarCompiler(tokenizer, runner.info.vocab_size),
@@ -251,6 +243,18 @@ def _build_engine(
             "num_gpu_blocks": str(sum(group.num_blocks for group in runner.info.kv_groups)),
         },
         phases=phases,
+    )
+
+
+def _scheduler_limits(config: EngineConfig, speculation: SpeculativeConfig) -> SchedulerLimits:
+    return SchedulerLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_drafts=speculation.num_speculative_tokens,
+        max_num_queued_reqs=config.max_num_queued_reqs,
+        max_num_queued_tokens=config.max_num_queued_tokens,
+        session_ttl_s=config.session_ttl,
+        session_share=config.session_share,
     )
 
 
@@ -298,7 +302,11 @@ def _make_speculator(config: SpeculativeConfig, draft: _DraftModel | None, weigh
     model = None
     if draft is not None:
         runner = _make_runner(draft.opened, draft.config)
-        runner.wait_for_weights()
+        try:
+            runner.wait_for_weights()
+        except BaseException:
+            runner.close()
+            raise
         model = DraftModel(runner, runner.info, cost_share=min(draft.weight_bytes / max(weight_bytes, 1), 1.0))
     return Speculator(drafters, model) if drafters or model is not None else None
 

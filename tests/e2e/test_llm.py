@@ -13,6 +13,7 @@ import pytest
 
 from setpoint import LLM, SamplingParams
 from setpoint.errors import ConfigError, ContextLengthError, EngineDeadError, ModelNotFoundError, RequestError
+from setpoint.runtime.cpu.runner import CpuRunner
 from tiny_models import EOS, TINY_MODELS, write_gguf
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -351,6 +352,28 @@ def test_every_method_of_speculation_gives_the_same_output(path: Path, params: S
 def test_a_draft_model_with_another_vocabulary_is_refused(path: Path, smollm2_path: Path) -> None:
     with pytest.raises(ConfigError, match="another vocabulary"):
         LLM(str(path), speculative_config={"model": str(smollm2_path)})
+
+
+def test_a_draft_model_that_cannot_be_loaded_leaves_nothing_running(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[CpuRunner] = []
+
+    def out_of_memory(runner: CpuRunner) -> None:
+        loaded.append(runner)
+        wait(runner)
+        if len(loaded) == 2:
+            raise MemoryError
+
+    wait = CpuRunner.wait_for_weights
+    monkeypatch.setattr(CpuRunner, "wait_for_weights", out_of_memory)
+    before = set(threading.enumerate())
+    config = {"method": "draft", "model": str(path)}
+    with pytest.raises(MemoryError):
+        LLM(str(path), num_threads=1, speculative_config=config, kv_disk_path=str(tmp_path / "kv"))
+    assert (tmp_path / "kv").is_dir()
+    assert [thread for thread in threading.enumerate() if thread not in before] == []
+    assert [hasattr(runner, "program") for runner in loaded] == [False, False]
 
 
 def test_a_draft_model_shares_the_memory_of_the_cache(path: Path) -> None:
