@@ -63,7 +63,8 @@ class Committer:
         if self._roster.faults is not None:
             self._roster.inject("commit", seq)
         outcome = take_rows(seq, entry, computed.rows, self._vocab_size, jump=jump)
-        seq.drafts = []
+        if seq.drafts:
+            seq.drafts = []
         num_drawn = outcome.num_drawn
         self._counters.count_output(len(outcome.token_ids), num_drawn)
         if entry.num_drafts:

@@ -160,9 +160,9 @@ class KVCache:
     def grow(self, seq: Sequence, num_tokens: int) -> int:
         """Make the tables cover positions below `num_tokens`, or as many as there are blocks; returns how many."""
         size = self.block_size
-        target = ceil_div(num_tokens, size)
-        if min(map(len, seq.block_tables)) >= target:  # nearly every decode
+        if min(map(len, seq.block_tables)) * size >= num_tokens:  # nearly every decode
             return num_tokens
+        target = ceil_div(num_tokens, size)
         for table, pool in zip(seq.block_tables, self.pools, strict=True):
             target = min(target, len(table) + pool.num_free)
         for table, pool in zip(seq.block_tables, self.pools, strict=True):

@@ -174,23 +174,23 @@ class Roster:
 
     @staticmethod
     def event(seq: Sequence, outcome: Outcome, now: float) -> Event:
-        return Event(
-            request_id=seq.owner.request.request_id,
-            index=seq.index,
-            token_ids=outcome.token_ids,
-            logprobs=outcome.logprobs,
-            prompt_logprobs=outcome.prompt_logprobs,
-            finish_reason=outcome.finish_reason,
-            stop_reason=outcome.stop_reason,
-            is_complete=outcome.finish_reason == "stop" and seq.token_ids[-1] not in seq.stop_ids,
-            error=outcome.error,
-            num_cached_tokens=seq.num_cached_tokens,
-            divergence=seq.owner.divergence,
-            num_output_tokens=len(seq.token_ids) - seq.num_prompt,
-            num_preemptions=seq.num_preemptions,
-            time=now,
-            arrival_time=seq.arrival_time,
-            first_scheduled_time=seq.first_scheduled_time,
+        return Event(  # without the fields' names, which take twice as long as all the rest of it
+            seq.owner.request.request_id,
+            seq.index,
+            outcome.token_ids,
+            outcome.logprobs,
+            outcome.prompt_logprobs,
+            outcome.finish_reason,
+            outcome.stop_reason,
+            outcome.finish_reason == "stop" and seq.token_ids[-1] not in seq.stop_ids,  # is_complete
+            outcome.error,
+            seq.num_cached_tokens,
+            len(seq.token_ids) - seq.num_prompt,  # num_output_tokens
+            seq.owner.divergence,
+            seq.num_preemptions,
+            now,
+            seq.arrival_time,
+            seq.first_scheduled_time,
         )
 
     def check_integrity(self) -> None:

@@ -104,23 +104,23 @@ class RowState:
         mask = None if self.constraint is None else self._mask(self.constraint, banned)
         # Live lists, but with guesses: a plan is executed before the next append.
         ids, counts = self._penalties(guesses) if guesses else (self._ids, self._counts)
-        return RowSampling(
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            seed=self._seed,
-            position=num_prompt + num_output,
-            repetition_penalty=params.repetition_penalty,
-            frequency_penalty=params.frequency_penalty,
-            presence_penalty=params.presence_penalty,
-            penalty_ids=ids,
-            penalty_counts=counts,
-            bias_ids=self._bias_ids,
-            bias_values=self._bias_values,
-            banned_ids=banned,
-            allowed_ids=self._allowed_ids,
-            mask=mask,
+        return RowSampling(  # without the fields' names, which take twice as long as all the rest of it
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            self._seed,
+            num_prompt + num_output,
+            params.repetition_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
+            ids,
+            counts,
+            self._bias_ids,
+            self._bias_values,
+            banned,
+            self._allowed_ids,
+            mask,
         )
 
     def _mask(self, constraint: Constraint, banned: Sequence[int]) -> bytes:

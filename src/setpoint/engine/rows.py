@@ -30,14 +30,18 @@ def build_rows(seq: Sequence, num_new: int, drafts: list[int]) -> tuple[tuple[Lo
     Prompt tokens not scored yet are scored; where the entry reaches the end of the known tokens, one token is drawn
     there and one after each draft, as if the drafts before it were accepted.
     """
+    start, params, scored = seq.num_computed, seq.params, seq.prompt_logprobs
+    first = len(seq.token_ids) - 1 - start
+    if not drafts and scored is None:  # nearly every entry
+        if num_new <= first:
+            return (), 0
+        sampling = seq.row_state.row(seq.token_ids, seq.num_prompt)
+        return (LogitsRow(first, sampling, None, params.logprobs),), 0
     rows: list[LogitsRow] = []
-    start, params = seq.num_computed, seq.params
-    scored = seq.prompt_logprobs
     if scored is not None and len(scored) < seq.num_prompt:
         for position in range(max(start, len(scored) - 1), min(start + num_new, seq.num_prompt - 1)):
             target = seq.token_ids[position + 1]
             rows.append(LogitsRow(position - start, target=target, num_logprobs=params.prompt_logprobs))
-    first = len(seq.token_ids) - 1 - start
     if num_new <= first:
         return tuple(rows), 0
     draws = seq.row_state.rows(seq.token_ids, seq.num_prompt, drafts)
@@ -56,7 +60,7 @@ def take_rows(
     if len(results) != len(entry.rows):
         raise EngineError("the runner returned a wrong number of rows")
     num_known = len(entry.token_ids) - entry.num_drafts
-    guesses = entry.token_ids[num_known:]
+    guesses = entry.token_ids[num_known:] if entry.num_drafts else ()
     drawn: list[int] = []
     logprobs: list[TokenLogprob] = []
     finish: tuple[FinishReason, int | None] | None = None
@@ -79,15 +83,15 @@ def take_rows(
         scored = tuple(seq.prompt_logprobs)
     # The KV of accepted drafts stays; that of rejected ones is overwritten by the tokens drawn instead.
     seq.num_computed = entry.start + num_known + max(0, len(drawn) - 1)
-    if drawn and jump and finish is None:
+    if drawn and jump and finish is None and seq.row_state.constraint is not None:
         finish = seq.jump()
     return Outcome(
-        token_ids=seq.take_unreported() if drawn else (),
-        num_drawn=len(drawn),
-        logprobs=tuple(logprobs) if logprobs else None,
-        prompt_logprobs=scored,
-        finish_reason=finish[0] if finish else None,
-        stop_reason=finish[1] if finish else None,
+        seq.take_unreported() if drawn else (),
+        len(drawn),
+        tuple(logprobs) if logprobs else None,
+        scored,
+        finish[0] if finish else None,
+        finish[1] if finish else None,
     )
 
 
