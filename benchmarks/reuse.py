@@ -1,88 +1,43 @@
-"""What KV-cache reuse is worth: first tokens cold, warm, from memory, from disk after a restart; hit rates on traces.
+"""What KV-cache reuse is worth over HTTP, beside llama.cpp's server, and what it costs where there is nothing to reuse.
 
     python benchmarks/reuse.py
-    python benchmarks/reuse.py --rival-python rival/bin/python --turns 60
+    python benchmarks/reuse.py --parts first chat --llama-server PATH
 
-1. A prompt's time to the first token, in processes of their own where a restart is in between. `disk, dropped` has the
-   files taken out of the page cache before. llama.cpp: its slot (warm), LlamaRAMCache (its server's prompt cache, in
-   process) and its state files.
-2. Multi-turn chat and agent traces (reuse_traces.py, lengths divided by --length-scale), one request after the other:
-   token hit rate beside the ideal infinite cache, and times to the first token. The pool is as small as --pool-tokens.
-3. Isolation (AT-4): the same for prompts that another tenant has sent and prompts that nobody has, with the distance of
-   the two distributions (Kolmogorov-Smirnov) and its probability; the negative control lets both share.
+first    time to the first token: cold, warm, from host memory, from disk after a restart. `disk, dropped`
+         has the files taken out of the page cache before. llama-server: its slots (warm), its cache in host memory (as
+         it is by default), and slots saved to and restored from files; their restoring is part of the time.
+chat, agents
+         traces (reuse_traces.py) of a few sessions, lengths divided, one request after the other: token hit rate beside
+         the ideal infinite cache, and times to the first token. Both servers have KV memory for --pool-tokens.
+unused   prompts that nobody has sent, to servers without tiers, with memory and with disk: bursts in turn, so that
+         what is written behind a request weighs on the next one of the burst. Ratios are to no tiers in the same round.
 
-Medians. The last line is JSON.
+Prompts are token ids, answers have one token (`unused`: several). Medians. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import queue
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peers.worker import Worker
+from peers import environments, servers
+from peers.servers import Answer, Server
 from reuse_traces import Turn, synthesise
-from setpoint.assemble import Assembly, build_engine, models_directory
-from setpoint.config import EngineConfig
-from setpoint.engine.events import Event
-from setpoint.engine.request import Request
-from setpoint.engine.sampling import SamplingParams
+from setpoint.assemble import load_model, models_directory
 from setpoint.loaders.hub import resolve_model
 
 BLOCK = 16
 VOCABULARY = 40_000  # token ids of synthetic text
-PATIENCE_S = 120.0
-
-
-class Ours:
-    """The engine, driven one request at a time."""
-
-    def __init__(self, model: str, context: int, kv_bytes: int, **knobs: Any) -> None:
-        self._events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-        config = EngineConfig(
-            model, max_model_len=context, max_num_seqs=4, kv_cache_memory_bytes=kv_bytes, seed=0, **knobs
-        )
-        self.assembly: Assembly = build_engine(config, self._events.put, chats=False)
-        self.engine = self.assembly.engine
-        self.engine.start()
-        self._number = 0
-        self.first_token([1] * 64)  # whatever a first step costs
-
-    def first_token(self, prompt: Sequence[int], tenant: str = "") -> tuple[float, int]:
-        """(seconds to the first token, cached tokens)."""
-        self._number += 1
-        name = f"r{self._number}"
-        params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-        self.engine.submit(Request(name, list(prompt), params, tenant=tenant))
-        first: Event | None = None
-        while True:
-            for event in self._events.get(timeout=PATIENCE_S):
-                if event.error is not None:
-                    raise event.error
-                first = first or event
-                if event.finish_reason is not None:
-                    return first.time - first.arrival_time, first.num_cached_tokens
-
-    def settle(self) -> None:
-        """Until what is written behind is written."""
-        scheduler = self.engine._scheduler
-        end = time.monotonic() + 30
-        lower = scheduler.kv.lower
-        disk: Any = None if lower is None else lower.disk
-        while disk is not None and time.monotonic() < end and (scheduler.num_unsaved or disk._queued_bytes):
-            time.sleep(0.02)
-
-    def close(self) -> None:
-        self.engine.shutdown()
+HOST_BYTES = 2 << 30
+TRACES = {"chat": (24, 32), "agents": (8, 16)}  # sessions, and what their lengths are divided by
 
 
 def text(source: random.Random, length: int) -> list[int]:
@@ -97,95 +52,136 @@ def drop_page_cache(folder: Path) -> None:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def median(values: Sequence[float]) -> float:
-    return round(statistics.median(values) * 1e3, 2)
+def settle(folder: Path) -> None:
+    """Until nothing more is written behind."""
+    before, quiet_since = -1, time.monotonic()
+    while time.monotonic() - quiet_since < 0.5:
+        time.sleep(0.05)
+        number = sum(1 for _ in folder.rglob("*"))
+        if number != before:
+            before, quiet_since = number, time.monotonic()
 
 
-def first_tokens(options: argparse.Namespace, folder: Path, length: int) -> dict[str, float]:
-    """Milliseconds for one prompt length, in every state."""
+def median(seconds: Sequence[float]) -> float:
+    return round(statistics.median(seconds) * 1e3, 2)
+
+
+class Bench:
+    """Both servers of one model, with the same KV memory."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self._llama_server = None if options.no_rival else environments.llama_server(options.llama_server)
+
+    def ours(self, tokens: int, *flags: object) -> Server:
+        pool = self.options.token_bytes * tokens
+        limits = ("--max-model-len", self.options.context, "--kv-cache-memory-bytes", pool)
+        server = servers.setpoint(self.options.path, self.folder / "log", *limits, *flags)
+        return warmed_up(server)
+
+    @property
+    def has_rival(self) -> bool:
+        return self._llama_server is not None
+
+    def theirs(self, tokens: int, *flags: object) -> Server:
+        assert self._llama_server is not None
+        server = servers.llama_server(
+            self._llama_server, self.options.path, self.folder / "log", "--ctx-size", tokens, *flags
+        )
+        return warmed_up(server)
+
+
+def warmed_up(server: Server) -> Server:
+    """Whatever a first step costs, and the rates by which it is decided what to read."""
+    for token in (1, 2):
+        server.first_token([token] * 64)
+    return server
+
+
+class States:
+    """Times and cached tokens of one prompt length in every state."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, list[Answer]] = {}
+
+    def note(self, state: str, answer: Answer) -> None:
+        self.answers.setdefault(state, []).append(answer)
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "ms": {state: median([answer.seconds for answer in found]) for state, found in self.answers.items()},
+            "cached_tokens": {state: [answer.num_cached for answer in found] for state, found in self.answers.items()},
+        }
+
+
+def first_tokens(bench: Bench, length: int) -> dict[str, Any]:
     source = random.Random(length)
-    prompts = [text(source, length) for _ in range(options.repeat)]
-    fillers = [text(source, options.context - 64) for _ in range(2)]
-    kv_bytes = options.token_bytes * (options.context + 64)
-    times: dict[str, list[float]] = {}
+    prompts = [text(source, length) for _ in range(bench.options.repeat)]
+    fillers = [text(source, bench.options.context - 64) for _ in range(2)]
+    rows = {"setpoint": _our_first_tokens(bench, prompts, fillers)}
+    if bench.has_rival:
+        rows["llama-server"] = _their_first_tokens(bench, prompts, fillers)
+    return rows
 
-    def note(state: str, measured: tuple[float, int], cached: int) -> None:
-        assert measured[1] >= cached, f"{state}: {measured[1]} cached tokens of {length}"
-        times.setdefault(state, []).append(measured[0])
 
-    whole = (length - 1) // BLOCK * BLOCK
-    ours = Ours(options.model, options.context, kv_bytes, kv_host_bytes=4 << 30)
+def _in_memory(states: States, server: Server, prompts: list[list[int]], fillers: list[list[int]]) -> None:
     for prompt in prompts:
-        note("cold", ours.first_token(prompt), 0)
-        note("warm", ours.first_token(prompt), whole)
+        states.note("cold", server.first_token(prompt))
+        states.note("warm", server.first_token(prompt))
         for filler in fillers:
-            ours.first_token(filler)
-        note("memory", ours.first_token(prompt), whole)
-    ours.close()
-    path = folder / f"kv-{length}"
-    written = Ours(options.model, options.context, kv_bytes * 2, kv_disk_path=str(path))
-    for prompt in prompts:
-        written.first_token(prompt)
-    written.settle()
-    written.close()
-    for state in ("disk", "disk, dropped"):
-        if state == "disk, dropped":
-            drop_page_cache(path)
-        restarted = Ours(options.model, options.context, kv_bytes * 2, kv_disk_path=str(path))
-        restarted.engine._scheduler.kv.lower.disk.wait_until_scanned(30)  # type: ignore[union-attr]
-        for prompt in prompts:
-            note(state, restarted.first_token(prompt), whole)
-        restarted.close()
-    return {state: median(values) for state, values in times.items()}
+            server.first_token(filler)
+        states.note("memory", server.first_token(prompt))
 
 
-def rival(options: argparse.Namespace, folder: Path, ram_bytes: int) -> Worker:
-    arguments = [str(options.path), "--context", str(options.context), "--threads", str(options.threads)]
-    return Worker(
-        Path(options.rival_python),
-        "llama_cpp_reuse.py",
-        [*arguments, "--ram-bytes", str(ram_bytes)],
-        folder / "rival.log",
-    )
-
-
-def rival_first_tokens(options: argparse.Namespace, folder: Path, length: int) -> dict[str, float]:
-    source = random.Random(length)
-    prompts = [text(source, length) for _ in range(options.repeat)]
-    fillers = [text(source, options.context - 64) for _ in range(2)]
-    times: dict[str, list[float]] = {}
-
-    def ask(worker: Worker, state: str, prompt: list[int], **settings: Any) -> None:
-        answer = worker.ask("first_token", prompt=prompt, settings=settings)
-        times.setdefault(state, []).append(answer["seconds"])
-
-    plain = rival(options, folder, 0)
-    for prompt in prompts:
-        ask(plain, "cold", prompt, cold=True)
-        ask(plain, "warm", prompt)
-    for number, prompt in enumerate(prompts):
-        plain.ask("first_token", prompt=prompt, settings={"cold": True})
-        plain.ask("save", path=str(folder / f"state-{number}"))
-    plain.close()
-    cached = rival(options, folder, 4 << 30)
-    for prompt in prompts:
-        cached.ask("first_token", prompt=prompt, settings={"cold": True})
-        for filler in fillers:
-            cached.ask("first_token", prompt=filler, settings={})
-        ask(cached, "memory", prompt)
-    cached.close()
+def _after_restarts(folder: Path, restarted: Callable[[str], None]) -> None:
     for state in ("disk", "disk, dropped"):
         if state == "disk, dropped":
             drop_page_cache(folder)
-        restarted = rival(options, folder, 0)
-        restarted.ask("first_token", prompt=[1] * 64, settings={"cold": True})
+        restarted(state)
+
+
+def _our_first_tokens(bench: Bench, prompts: list[list[int]], fillers: list[list[int]]) -> dict[str, Any]:
+    states, length = States(), len(prompts[0])
+    pool = bench.options.context + 64
+    with bench.ours(pool, "--kv-host-bytes", HOST_BYTES) as server:
+        _in_memory(states, server, prompts, fillers)
+    path = bench.folder / f"kv-{length}"
+    flags = ("--kv-disk-path", path)
+    with bench.ours(2 * pool, *flags) as server:
+        for prompt in prompts:
+            server.first_token(prompt)
+        settle(path)
+
+    def restarted(state: str) -> None:
+        with bench.ours(2 * pool, *flags) as server:
+            for prompt in prompts:
+                states.note(state, server.first_token(prompt))
+
+    _after_restarts(path, restarted)
+    return states.row()
+
+
+def _their_first_tokens(bench: Bench, prompts: list[list[int]], fillers: list[list[int]]) -> dict[str, Any]:
+    states, path = States(), bench.folder / f"slots-{len(prompts[0])}"
+    path.mkdir()
+    flags = ("--slot-save-path", path)
+    with bench.theirs(bench.options.context + 64, *flags) as server:
+        _in_memory(states, server, prompts, fillers)
         for number, prompt in enumerate(prompts):
-            loading = restarted.ask("load", path=str(folder / f"state-{number}"))
-            assert loading["loaded"]
-            answer = restarted.ask("first_token", prompt=prompt, settings={})
-            times.setdefault(state, []).append(loading["seconds"] + answer["seconds"])
-        restarted.close()
-    return {state: median(values) for state, values in times.items()}
+            server.first_token(prompt, id_slot=0)
+            server.post("/slots/0?action=save", {"filename": f"{number}.bin"})
+
+    def restarted(state: str) -> None:
+        with bench.theirs(bench.options.context + 64, *flags) as server:
+            for number, prompt in enumerate(prompts):
+                began = time.perf_counter()
+                server.post("/slots/0?action=restore", {"filename": f"{number}.bin"})
+                seconds = time.perf_counter() - began
+                answer = server.first_token(prompt, id_slot=0)
+                states.note(state, Answer(seconds + answer.seconds, answer.num_prompt, answer.num_cached))
+
+    _after_restarts(path, restarted)
+    return states.row()
 
 
 def tokens_of(turn: Turn, scale: int, longest: int) -> list[int]:
@@ -211,45 +207,42 @@ def ideal_tokens(prompts: Sequence[list[int]]) -> int:
     return found
 
 
-def trace(options: argparse.Namespace, folder: Path, kind: str) -> dict[str, Any]:
-    turns = synthesise(kind, options.turns, seed=1)
-    prompts = [tokens_of(turn, options.length_scale, options.context - 8) for turn in turns]
+def trace(bench: Bench, kind: str) -> dict[str, Any]:
+    sessions, scale = TRACES[kind]
+    turns = [turn for turn in synthesise(kind, 4000, seed=1) if turn.session < sessions][: bench.options.turns]
+    prompts = [tokens_of(turn, scale, bench.options.context - 8) for turn in turns]
     total, best = sum(map(len, prompts)), ideal_tokens(prompts)
-    pool = options.token_bytes * options.pool_tokens
-    settings: dict[str, dict[str, Any]] = {
-        "no reuse": {"enable_prefix_caching": False},
-        "pool": {},
-        "pool and memory": {"kv_host_bytes": 4 << 30},
-        "pool and disk": {"kv_disk_path": str(folder / f"kv-{kind}")},
+    disk = ("--kv-disk-path", bench.folder / f"kv-{kind}")
+    settings: dict[str, Callable[[], Server]] = {
+        "no reuse": lambda: bench.ours(bench.options.pool_tokens, "--no-enable-prefix-caching"),
+        "pool": lambda: bench.ours(bench.options.pool_tokens),
+        "pool and memory": lambda: bench.ours(bench.options.pool_tokens, "--kv-host-bytes", HOST_BYTES),
+        "pool and disk": lambda: bench.ours(bench.options.pool_tokens, *disk),
+        "the same again after a restart": lambda: bench.ours(bench.options.pool_tokens, *disk),
     }
+    if bench.has_rival:
+        settings["llama-server"] = lambda: bench.theirs(bench.options.pool_tokens)
+        settings["llama-server without host memory"] = lambda: bench.theirs(bench.options.pool_tokens, "--cache-ram", 0)
     rows: dict[str, Any] = {}
-    for name, knobs in settings.items():
-        ours = Ours(options.model, options.context, pool, **knobs)
-        measured = [ours.first_token(prompt) for prompt in prompts]
-        ours.settle()
-        ours.close()
-        rows[name] = row(measured, total, best)
-    ours = Ours(options.model, options.context, pool, **settings["pool and disk"])
-    rows["the same again after a restart"] = row([ours.first_token(prompt) for prompt in prompts], total, total)
-    ours.close()
-    if options.rival_python:
-        for name, ram_bytes in (("llama.cpp, slot", 0), ("llama.cpp, LlamaRAMCache", 4 << 30)):
-            worker = rival(options, folder, ram_bytes)
-            worker.ask("first_token", prompt=[1] * 64, settings={"cold": True})
-            answers = [worker.ask("first_token", prompt=prompt, settings={}) for prompt in prompts]
-            worker.close()
-            rows[name] = row([(answer["seconds"], answer["cached"]) for answer in answers], total, best)
+    for name, start in settings.items():
+        with start() as server:
+            rows[name] = row([server.first_token(prompt) for prompt in prompts], total, best)
+            if name == "pool and disk":
+                settle(disk[1])  # type: ignore[arg-type]
+        print(f"  {kind}: {name:34} {rows[name]}", flush=True)
     return {
         "turns": len(turns),
+        "sessions": sessions,
+        "lengths_divided_by": scale,
         "prompt_tokens": total,
         "ideal_token_hit_rate": round(best / total, 4),
         "rows": rows,
     }
 
 
-def row(measured: Sequence[tuple[float, int]], total: int, best: int) -> dict[str, float]:
-    seconds = sorted(seconds for seconds, _ in measured)
-    hits = sum(cached for _, cached in measured)
+def row(answers: Sequence[Answer], total: int, best: int) -> dict[str, float]:
+    seconds = sorted(answer.seconds for answer in answers)
+    hits = sum(answer.num_cached for answer in answers)
     return {
         "token_hit_rate": round(hits / total, 4),
         "share_of_ideal": round(hits / best, 4),
@@ -259,87 +252,98 @@ def row(measured: Sequence[tuple[float, int]], total: int, best: int) -> dict[st
     }
 
 
-def isolation(options: argparse.Namespace) -> dict[str, Any]:
-    """Times of prompts that the other tenant has sent and of unknown ones, in turn."""
-    rows: dict[str, Any] = {}
-    for name, attacker in (("separate tenants", "b"), ("negative control: shared", "a")):
-        source = random.Random(5)
-        ours = Ours(options.model, options.context, options.token_bytes * options.context * 2)
-        known, fresh = [], []
-        for _ in range(options.pairs):
-            secret, other = text(source, 48), text(source, 48)
-            ours.first_token(secret, "a")
-            pair = [(known, secret), (fresh, other)]
-            source.shuffle(pair)
-            for times, prompt in pair:
-                times.append(ours.first_token(prompt, attacker)[0])
-        ours.close()
-        distance, probability = kolmogorov_smirnov(known, fresh)
-        rows[name] = {
-            "known_ms": median(known),
-            "unknown_ms": median(fresh),
-            "ks_distance": round(distance, 4),
-            "ks_p": float(f"{probability:.3g}"),
-        }
-    return {"pairs": options.pairs, "rows": rows}
+def unused(bench: Bench) -> dict[str, Any]:
+    """Tiers that never help: seconds of a burst of unknown prompts with them, over those without."""
+    options = bench.options
+    settings: dict[str, tuple[object, ...]] = {
+        "off": (),
+        "off, again": (),
+        "memory": ("--kv-host-bytes", HOST_BYTES),
+        "disk": ("--kv-disk-path", bench.folder / "kv-unused"),
+    }
+    open_servers = {name: bench.ours(options.context + 64, *flags) for name, flags in settings.items()}
+    source = random.Random(3)
+    seconds: dict[str, list[float]] = {name: [] for name in settings}
+    first: dict[str, list[float]] = {name: [] for name in settings}
+    order = list(settings)
+    try:
+        for round_number in range(-1, options.rounds):  # the first fills the pools
+            prompts = [text(source, options.unused_tokens) for _ in range(options.burst)]
+            source.shuffle(order)
+            for name in order:
+                began = time.perf_counter()
+                answers = [open_servers[name].first_token(prompt, max_tokens=8) for prompt in prompts]
+                if round_number >= 0:
+                    seconds[name].append(time.perf_counter() - began)
+                    first[name].append(statistics.median(answer.seconds for answer in answers))
+                assert not any(answer.num_cached for answer in answers)
+                time.sleep(options.pause_s)  # what is left to write behind is not to weigh on the others
+    finally:
+        for server in open_servers.values():
+            server.close()
+    return {
+        "rounds": options.rounds,
+        "prompts": options.burst,
+        "prompt_tokens": options.unused_tokens,
+        "rows": {name: _over(seconds[name], seconds["off"]) | _first(first[name]) for name in settings},
+    }
 
 
-def kolmogorov_smirnov(left: Sequence[float], right: Sequence[float]) -> tuple[float, float]:
-    """Largest distance of two empirical distributions, and the probability of it in samples of one distribution."""
-    merged = sorted([(value, 1 / len(left)) for value in left] + [(value, -1 / len(right)) for value in right])
-    height = distance = 0.0
-    for index, (value, step) in enumerate(merged):
-        height += step
-        if index + 1 == len(merged) or merged[index + 1][0] != value:
-            distance = max(distance, abs(height))
-    root = math.sqrt(len(left) * len(right) / (len(left) + len(right)))
-    argument = (root + 0.12 + 0.11 / root) * distance
-    if argument < 0.2:
-        return distance, 1.0
-    terms = (2 * (-1) ** (k - 1) * math.exp(-2 * (k * argument) ** 2) for k in range(1, 101))
-    return distance, min(max(sum(terms), 0.0), 1.0)
+def _first(seconds: Sequence[float]) -> dict[str, Any]:
+    return {"ttft_ms_median": median(seconds)}
+
+
+def _over(with_it: Sequence[float], without: Sequence[float]) -> dict[str, Any]:
+    ratios = sorted(mine / plain for mine, plain in zip(with_it, without, strict=True))
+    quarter = len(ratios) // 4
+    return {
+        "over_off": round(statistics.median(ratios), 4),
+        "quartiles": [round(ratios[quarter], 4), round(ratios[-1 - quarter], 4)],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--rival-python", help="Python of an environment with llama-cpp-python")
+    parser.add_argument("--llama-server", type=Path, help="one that is built already")
+    parser.add_argument("--no-rival", action="store_true", help="without llama.cpp")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--lengths", type=int, nargs="*", default=[256, 1024, 3072])
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--turns", type=int, default=60)
-    parser.add_argument("--length-scale", type=int, default=16)
+    parser.add_argument("--turns", type=int, default=80)
     parser.add_argument("--pool-tokens", type=int, default=8192)
-    parser.add_argument("--pairs", type=int, default=300)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--parts", nargs="*", default=["first", "chat", "agents", "isolation"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--burst", type=int, default=6, help="prompts of a burst of `unused`")
+    parser.add_argument("--unused-tokens", type=int, default=512)
+    parser.add_argument("--pause-s", type=float, default=0.3)
+    parser.add_argument("--parts", nargs="*", default=["first", "chat", "agents", "unused"])
     options = parser.parse_args()
     options.path = resolve_model(options.model, models_directory())
-    probe = Ours(options.model, options.context, 1 << 30)
-    layers = probe.assembly.model.layers.layers
-    options.token_bytes = sum(2 * layer.attention.kv_heads * (2 * layer.attention.head_dim + 4) for layer in layers)
-    probe.close()
+    options.token_bytes = kv_token_bytes(options.model)
     result: dict[str, Any] = {"question": "KV-cache reuse", "date": time.strftime("%Y-%m-%d"), "model": options.model}
     result["token_bytes"] = options.token_bytes
     for part in options.parts:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
+        with tempfile.TemporaryDirectory(dir=models_directory().parent) as name:
+            bench = Bench(options, Path(name))
             if part == "first":
                 for length in options.lengths:
-                    found = {"setpoint": first_tokens(options, folder, length)}
-                    if options.rival_python:
-                        found["llama.cpp"] = rival_first_tokens(options, folder, length)
-                    result.setdefault("ttft_ms", {})[str(length)] = found
+                    found = result.setdefault("first", {})[str(length)] = first_tokens(bench, length)
                     print(f"{length} tokens, ms to the first token: {found}", flush=True)
-            elif part == "isolation":
-                result["isolation"] = isolation(options)
-                print(f"isolation: {result['isolation']}", flush=True)
+            elif part == "unused":
+                result["unused"] = unused(bench)
+                print(f"unused: {result['unused']['rows']}", flush=True)
             else:
-                result[part] = trace(options, folder, part)
+                result[part] = trace(bench, part)
                 print(f"{part}: ideal {result[part]['ideal_token_hit_rate']}", flush=True)
-                for setting, values in result[part]["rows"].items():
-                    print(f"  {setting:32} {values}", flush=True)
     print(json.dumps(result))
+
+
+def kv_token_bytes(model: str) -> int:
+    """Of keys and values of 16 bits with a scale for each vector."""
+    loaded = load_model(model)
+    loaded.checkpoint.close()
+    layers = loaded.model.layers.layers
+    return sum(2 * layer.attention.kv_heads * (2 * layer.attention.head_dim + 4) for layer in layers)
 
 
 if __name__ == "__main__":

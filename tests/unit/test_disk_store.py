@@ -6,8 +6,10 @@ import os
 import random
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_support import scaled
@@ -15,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from setpoint.engine.disk_store import DiskStore, open_directory
-from setpoint.engine.disk_tier import DiskTier
-from setpoint.engine.host_tier import BlockRecord
+from setpoint.engine.disk_tier import READ_AHEAD, DiskTier
+from setpoint.engine.host_tier import BlockName, BlockRecord
 from setpoint.engine.lower_tiers import Fetched, Wanted
 from setpoint.errors import ConfigError
 
@@ -215,6 +217,59 @@ def test_blocks_go_through_the_thread_and_back(tier: DiskTier) -> None:
     assert [answer.payload for answer in fetched(tier, *items, record(99))] == [*(i.payload for i in items), None]
 
 
+def test_the_kernel_reads_ahead_of_the_block_that_is_read(tier: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = chain(1, 40)
+    for item in items:
+        tier.files.save(item)
+    expected: list[BlockName] = []
+    ahead: list[int] = []
+    read = tier.files.load
+
+    def load(name: BlockName, *rest: Any) -> bytes | None:
+        ahead.append(len(expected) - len(ahead))
+        return read(name, *rest)
+
+    monkeypatch.setattr(tier.files, "expect", expected.append)
+    monkeypatch.setattr(tier.files, "load", load)
+    fetched(tier, *items)
+    assert expected == [item.name for item in items]
+    assert ahead == [READ_AHEAD + 1] * (40 - READ_AHEAD) + list(range(READ_AHEAD, 0, -1))
+
+
+def test_expecting_what_is_not_there_does_nothing(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.save(record(1))
+    store.expect(record(2).name)
+    files(tmp_path)[0].unlink()
+    store.expect(record(1).name)
+    assert load(store, record(1)) is None
+
+
+def test_what_nobody_waits_for_any_more_is_not_read(tier: DiskTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = chain(1, 4)
+    for item in items:
+        tier.files.save(item)
+    reading, go_on = threading.Event(), threading.Event()
+    read = tier.files.load
+
+    def load(*arguments: Any) -> bytes | None:
+        reading.set()
+        assert go_on.wait(10)
+        return read(*arguments)
+
+    monkeypatch.setattr(tier.files, "load", load)
+    tier.fetch([Wanted(item.name, item.parent, item.tokens) for item in items])
+    assert reading.wait(10)
+    tier.forget([item.name for item in items[1:]])
+    tier.fetch([Wanted(items[3].name, items[3].parent, items[3].tokens)])  # wanted again, by somebody else
+    go_on.set()
+    found: list[BlockName] = []
+    deadline = time.monotonic() + 10
+    while items[3].name not in found and time.monotonic() < deadline:
+        found += [answer.name for answer in tier.take_fetched()]
+    assert set(found) == {items[0].name, items[3].name}
+
+
 def test_closing_writes_what_was_stored(tmp_path: Path) -> None:
     tier = DiskTier(DiskStore(tmp_path, open_directory(tmp_path), "model", 1 << 20, reserved_bytes=0), [SIZE])
     for item in chain(1, 20):
@@ -237,10 +292,10 @@ def test_a_disk_that_takes_nothing_is_one_log_line(
     if trouble == "gone":
         (path / "secret").unlink()
         path.rmdir()
-    time = [0.0]
-    tier = DiskTier(DiskStore(path, secret, "model", 1 << 20, reserved_bytes=reserved), [SIZE], clock=lambda: time[0])
+    now = [0.0]
+    tier = DiskTier(DiskStore(path, secret, "model", 1 << 20, reserved_bytes=reserved), [SIZE], clock=lambda: now[0])
     for number in range(3):
-        time[0] += 100.0
+        now[0] += 100.0
         stored = threading.Event()
         tier.on_progress = stored.set
         assert tier.takes_more

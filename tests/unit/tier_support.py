@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from setpoint.engine.host_tier import BlockName, BlockRecord
 from setpoint.engine.lower_tiers import Fetched, LowerTiers, Wanted
@@ -13,15 +13,17 @@ SECRET = b"of the disk"
 
 
 class Attic:
-    """Implements `SlowTier`: what is asked for comes `delay` polls later."""
+    """Implements `SlowTier`: every `delay + 1` polls comes what was asked for, or `blocks_at_once` blocks of it."""
 
-    def __init__(self, delay: int = 0) -> None:
+    def __init__(self, delay: int = 0, blocks_at_once: int | None = None) -> None:
         self.on_progress: Callable[[], None] = lambda: None
         self.delay = delay
+        self.blocks_at_once = blocks_at_once
         self.records: dict[BlockName, BlockRecord] = {}
         self.takes_more = True
         self.num_fetched = 0
         self._asked: list[list[Wanted]] = []
+        self.num_forgotten = 0
         self._polls = 0
 
     def __contains__(self, name: object) -> bool:
@@ -36,11 +38,21 @@ class Attic:
     def fetch(self, wanted: Sequence[Wanted]) -> None:
         self._asked.append(list(wanted))
 
+    def forget(self, names: Iterable[BlockName]) -> None:
+        gone = set(names)
+        assert gone <= {want.name for asked in self._asked for want in asked}, "forgot what was not asked for"
+        self.num_forgotten += len(gone)
+        self._asked = [[want for want in asked if want.name not in gone] for asked in self._asked]
+
     def take_fetched(self) -> list[Fetched]:
         self._polls += 1
         if not self._asked or self._polls % (self.delay + 1):
             return []
-        return [Fetched(want.name, self._payload(want), 0.0) for want in self._asked.pop(0)]
+        asked = self._asked.pop(0)
+        at_once = len(asked) if self.blocks_at_once is None else self.blocks_at_once
+        if asked[at_once:]:
+            self._asked.insert(0, asked[at_once:])
+        return [Fetched(want.name, self._payload(want), 0.0) for want in asked[:at_once]]
 
     def _payload(self, want: Wanted) -> bytes | None:
         record = self.records.get(want.name)

@@ -36,6 +36,7 @@ PAGE = 4096
 RESERVED_BYTES = 1 << 30  # of the disk that stay free whatever the budget says
 WRITING = ".writing"
 STALE_S = 3600.0  # a file half written so long ago has lost its writer
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _NAME = re.compile(r"([0-9a-f]{64})-([0-9a-f]{64})-(\d{1,3})")
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 
@@ -65,7 +66,7 @@ def open_directory(path: Path) -> bytes:
 
 
 def _read_secret(file: Path) -> bytes:
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    descriptor = os.open(file, _READ_FLAGS)
     try:
         status = os.fstat(descriptor)
         mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
@@ -163,6 +164,17 @@ class DiskStore:
             with contextlib.suppress(OSError):
                 self.remove(name)
         return payload
+
+    def expect(self, name: BlockName) -> None:
+        """It will be read soon: the kernel may begin, so that a disk has several reads to do at once."""
+        entry = self._entries.get(name)
+        if entry is not None:
+            with contextlib.suppress(OSError):
+                descriptor = os.open(self._file(name, entry.parent), _READ_FLAGS)
+                try:
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
 
     def touch(self, name: BlockName) -> None:
         """It was used now: it goes later."""
@@ -272,7 +284,7 @@ def _digest(secret: bytes, head: bytes, payload: bytes) -> bytes:
 
 
 def _read(file: Path, head: bytes, num_bytes: int, secret: bytes) -> bytes | None:
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    descriptor = os.open(file, _READ_FLAGS)
     try:
         status = os.fstat(descriptor)
         size = len(head) + DIGEST_BYTES + num_bytes

@@ -6,13 +6,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from setpoint.engine.disk_store import DiskStore
 from setpoint.engine.host_tier import BlockName, BlockRecord
 from setpoint.engine.lower_tiers import Fetched, Wanted
 
 MAX_QUEUED_BYTES = 64 << 20  # of records that wait to be written
+READ_AHEAD = 16  # blocks that the kernel is asked for before they are read
 PAUSE_S = 30.0  # after a write that failed
 
 log = logging.getLogger("setpoint.kv")
@@ -38,6 +39,7 @@ class DiskTier:
         self._clock = clock
         self._wake = threading.Condition()  # guards everything below
         self._reads: deque[list[Wanted]] = deque()
+        self._unwanted: set[BlockName] = set()  # in `_reads`, or in the list being read
         self._writes: deque[BlockRecord] = deque()
         self._writing: dict[BlockName, BlockRecord] = {}  # in `_writes`, or being written
         self._queued_bytes = 0
@@ -71,7 +73,12 @@ class DiskTier:
     def fetch(self, wanted: Sequence[Wanted]) -> None:
         with self._wake:
             self._reads.append(list(wanted))
+            self._unwanted.difference_update(want.name for want in wanted)
             self._wake.notify_all()
+
+    def forget(self, names: Iterable[BlockName]) -> None:
+        with self._wake:
+            self._unwanted.update(names)
 
     def take_fetched(self) -> list[Fetched]:
         if not self._fetched:
@@ -116,6 +123,7 @@ class DiskTier:
                     return None
                 if self._reads:
                     return self._reads.popleft()
+                self._unwanted.clear()
                 if self._writes:
                     return self._writes.popleft()
                 self._wake.wait()
@@ -144,7 +152,13 @@ class DiskTier:
         self._paused_until = self._clock() + PAUSE_S
 
     def _load(self, wanted: list[Wanted]) -> None:
-        for want in wanted:
+        for want in wanted[:READ_AHEAD]:
+            self.files.expect(want.name)
+        for index, want in enumerate(wanted):
+            for later in wanted[index + READ_AHEAD : index + READ_AHEAD + 1]:
+                self.files.expect(later.name)
+            if want.name in self._unwanted:
+                continue
             began = self._clock()
             payload = self._loaded(want)
             with self._wake:

@@ -81,7 +81,7 @@ class KVCache:
             seq.fetch = lower.begin_fetch(reached.wanted, saved_tokens, now)
             if seq.fetch is not None:
                 return None
-            reached = lower.reach(hit, prefix, Fetch(set(), now, 0))
+            reached = lower.reach(hit, prefix, Fetch(set(), now, 0.0, 0))
         return reached if isinstance(reached, PrefixHit) else hit
 
     def _prefix(self, seq: Sequence, num_blocks: int) -> Prefix:

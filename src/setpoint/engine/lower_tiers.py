@@ -8,7 +8,7 @@ opaque bytes; the slow tier works elsewhere and answers at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import accumulate
@@ -20,7 +20,8 @@ from setpoint.engine.prefix_tree import PrefixHit, first_visible_block
 from setpoint.engine.restore_cost import RestoreCost
 
 MAX_STAGED_BYTES = 512 << 20  # fetched, or on their way, for sequences that wait
-PATIENCE = 1.0  # times what computing would take: as long a sequence waits for a fetch
+LAG = 0.25  # of what computing would take: so far a fetch may fall behind it before the rest is computed
+FIRST_BLOCK_S = 0.02  # a disk may take so long to begin
 LONGEST_WAIT_S = 5.0
 
 
@@ -60,6 +61,10 @@ class SlowTier(Protocol):
 
     def fetch(self, wanted: Sequence[Wanted]) -> None: ...
 
+    def forget(self, names: Iterable[BlockName]) -> None:
+        """Nobody waits for these blocks any more: those that were not read yet need not be."""
+        ...
+
     def take_fetched(self) -> list[Fetched]:
         """What has arrived since the last call."""
         ...
@@ -79,15 +84,30 @@ class Missing:
 
 @dataclass(slots=True, eq=False)
 class Fetch:
-    """Blocks on their way to one waiting sequence."""
+    """Blocks on their way to one waiting sequence.
+
+    It waits while the disk keeps up with what computing would have done by now, but for a start of `LAG`. So whatever
+    the disk does, and however it was judged before, waiting costs little more than computing everything at once.
+    """
 
     outstanding: set[BlockName]
-    deadline: float
+    began: float
+    compute_s: float  # of all these blocks
     num_bytes: int
     staged: dict[BlockName, bytes] = field(default_factory=dict)
+    num_arrived: int = 0
 
     def is_over(self, now: float) -> bool:
-        return not self.outstanding or now >= self.deadline
+        if not self.outstanding:
+            return True
+        keeps_up = LAG + self.num_arrived / (self.num_arrived + len(self.outstanding))
+        return now >= self.began + min(FIRST_BLOCK_S + self.compute_s * keeps_up, LONGEST_WAIT_S)
+
+    def take(self, fetched: Fetched) -> None:
+        self.outstanding.discard(fetched.name)
+        if fetched.payload is not None:
+            self.staged[fetched.name] = fetched.payload
+            self.num_arrived += 1
 
 
 class Place(Enum):
@@ -161,6 +181,8 @@ class LowerTiers:
         sources = self._sources(hit.num_blocks, prefix, fetch)
         num_blocks = self._best_length(hit.num_blocks, sources)
         if num_blocks == hit.num_blocks:
+            if any(Place.DISK in found for found in sources):
+                self.cost.left_on_disk()
             return hit
         wanted = []
         restores = []
@@ -174,13 +196,14 @@ class LowerTiers:
                 table.append(source if isinstance(source, int) else -1)
                 name = (prefix.keys[index], group)
                 if source is Place.DISK:
-                    wanted.append(Wanted(name, prefix.parent(index), prefix.tokens(index)))
+                    wanted.append((index, Wanted(name, prefix.parent(index), prefix.tokens(index))))
                 elif isinstance(source, bytes):
                     restores.append((index, group, source))
                     self.host.touch(name)
             tables.append(tuple(table))
-        if wanted:
-            return Missing(num_blocks, wanted)
+        if wanted:  # in the order of the prefix: of what comes in time, as much as possible is usable
+            wanted.sort(key=lambda pair: pair[0])
+            return Missing(num_blocks, [want for _, want in wanted])
         return PrefixHit(num_blocks, tuple(tables), tuple(sorted(restores, key=lambda restore: restore[:2])))
 
     def _sources(self, begin: int, prefix: Prefix, fetch: Fetch | None) -> list[list[Source]]:
@@ -236,8 +259,7 @@ class LowerTiers:
         num_bytes = sum(self._block_bytes[want.name[1]] for want in wanted)
         if self.disk is None or self._staged_bytes + num_bytes > MAX_STAGED_BYTES:
             return None
-        patience = min(self.cost.saved_s(saved_tokens) * PATIENCE, LONGEST_WAIT_S)
-        fetch = Fetch({want.name for want in wanted}, now + patience, num_bytes)
+        fetch = Fetch({want.name for want in wanted}, now, self.cost.saved_s(saved_tokens), num_bytes)
         self._staged_bytes += num_bytes
         missing = [want for want in wanted if want.name not in self._fetching]
         for want in wanted:
@@ -249,8 +271,12 @@ class LowerTiers:
         """The sequence has taken what had arrived, or will not come back for it."""
         self._staged_bytes -= fetch.num_bytes
         for name in fetch.outstanding:
-            waiting = self._fetching[name]
-            waiting.remove(fetch)
+            self._fetching[name].remove(fetch)
+        unwanted = [name for name in fetch.outstanding if not self._fetching[name]]
+        for name in unwanted:
+            del self._fetching[name]
+        if self.disk is not None and unwanted:
+            self.disk.forget(unwanted)
         fetch.outstanding.clear()
         fetch.staged.clear()
 
@@ -261,9 +287,7 @@ class LowerTiers:
         num_bytes, seconds = 0, 0.0
         for fetched in self.disk.take_fetched():
             for fetch in self._fetching.pop(fetched.name, ()):
-                fetch.outstanding.discard(fetched.name)
-                if fetched.payload is not None:
-                    fetch.staged[fetched.name] = fetched.payload
+                fetch.take(fetched)
             if fetched.payload is not None:
                 num_bytes += len(fetched.payload)
                 seconds += fetched.seconds

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 FEWEST_TOKENS = 32  # of a step that says something about the price of a prompt's token
 FEWEST_BYTES = 1 << 16  # of a read that says something about a bandwidth
 WEIGHT = 0.2  # of a new reading
+DISK_BYTES_PER_S = 3e8  # believed of a disk before the first reading
+FORGIVENESS = 1.02  # a disk that was found too slow is believed to be faster by so much each time it is left alone
 STALL_S = 0.005  # restores may take so long of a step that others wait for
 ALONE_S = 0.1  # and so long of one that computes nothing for others
 BEHIND_S = 0.001  # copies that could as well be made later, beside others
@@ -23,7 +25,7 @@ class RestoreCost:
     compute_s_per_token: float | None = None  # None = not known yet: reading is tried, and measured
     memory_bytes_per_s: float = 4e9  # from memory into the pool
     save_bytes_per_s: float = 1e9  # the other way, into memory that is new
-    disk_bytes_per_s: float = 3e8
+    disk_bytes_per_s: float = DISK_BYTES_PER_S
     learns: bool = True
 
     def saved_s(self, num_tokens: int) -> float:
@@ -57,6 +59,11 @@ class RestoreCost:
     def observe_disk(self, num_bytes: int, seconds: float) -> None:
         if self.learns and num_bytes >= FEWEST_BYTES and seconds > 0:
             self.disk_bytes_per_s = _average(self.disk_bytes_per_s, num_bytes / seconds)
+
+    def left_on_disk(self) -> None:
+        """A prefix was computed because of what reading would have cost: without another reading that stays so."""
+        if self.learns and self.disk_bytes_per_s < DISK_BYTES_PER_S:
+            self.disk_bytes_per_s = min(self.disk_bytes_per_s * FORGIVENESS, DISK_BYTES_PER_S)
 
 
 def _average(old: float | None, new: float) -> float:
