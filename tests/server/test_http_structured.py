@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from typing import Any
 
 import httpx
 import pytest
 from house import MODEL, TOKENIZER, House, chat, completion, events
+
+from setpoint.grammar.compiler import COMPILE_LIMIT_S
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SCHEMA = {
@@ -255,6 +258,49 @@ def test_a_bomb_leaves_the_event_loop_alone(house: House) -> None:
     assert answers[0].status_code in (200, 400)
     again = house.post(CHAT, chat(max_tokens=2, **bomb))
     assert (again.status_code, again.json()) == (answers[0].status_code, again.json())
+
+
+def test_a_flood_of_bombs_leaves_others_alone(house: House) -> None:
+    """RX-4: hostile schemas, none sent twice, from several clients; pings and a stream go on as ever.
+
+    `benchmarks/schema_flood.py` measures by how much they slow down; here they must only not wait for a compilation.
+    """
+
+    def send(client: int) -> None:
+        for number in range(3):
+            name = f"{client}-{number}"
+            nested = f"((((a{{1,{300 + 10 * client + number}}}){{1,300}}){{1,300}}b){{1,300}}){{1,300}}"
+            pairs = [{"anyOf": [{"properties": {f"{name}{i}": {"type": t}}} for t in "ab"]} for i in range(24)]
+            doubling = "\n".join(f"r{i}: r{i + 1} r{i + 1}" for i in range(300))
+            for bomb in (
+                {"guided_regex": nested},
+                {"guided_json": {"type": "object", "allOf": pairs}},
+                {"guided_json": {"type": "object", "properties": {name: {"$ref": f"#/properties/{name}"}}}},
+                {"guided_grammar": f'start: r0\nr300: "{name}"\n{doubling}'},
+                {"guided_json": {"enum": [f"{name}-{i}" for i in range(5000)]}},
+            ):
+                statuses.append(house.post(COMPLETIONS, completion(max_tokens=2, **bomb)).status_code)
+
+    story = completion("the story", max_tokens=200, stream=True, seed=1)
+    expected = text_of(house.post(COMPLETIONS, story))
+    statuses: list[int] = []
+    threads = [threading.Thread(target=send, args=(client,)) for client in range(4)]
+    for thread in threads:
+        thread.start()
+    longest = 0.0
+    with house.client() as client:
+        while any(thread.is_alive() for thread in threads):
+            began = time.monotonic()
+            assert client.get("/health").status_code == 200
+            longest = max(longest, time.monotonic() - began)
+            assert text_of(client.post(COMPLETIONS, json=story)) == expected
+    assert len(statuses) == 60
+    assert set(statuses) == {200, 400}
+    assert longest < COMPILE_LIMIT_S
+
+
+def text_of(stream: httpx.Response) -> str:
+    return "".join(part["choices"][0]["text"] for part in events(stream.text) if part != "[DONE]")
 
 
 def test_no_violation_was_counted(house: House) -> None:
