@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from setpoint import __version__
 from setpoint.config import (
     EngineConfig,
     ModelFacts,
@@ -21,6 +23,7 @@ from setpoint.config import (
     this_machine,
 )
 from setpoint.engine.engine import Engine, Event
+from setpoint.engine.plan import RunnerInfo
 from setpoint.engine.scheduler import Scheduler, SchedulerLimits
 from setpoint.engine.speculation.draft_model import DraftModel
 from setpoint.engine.speculation.drafter import Drafter
@@ -351,6 +354,67 @@ def _lower_tiers(config: EngineConfig, runner: CpuRunner) -> LowerTiers | None:
             files = DiskStore(path, secret, runner.kv_fingerprint(), config.kv_disk_bytes)
             disk = DiskTier(files, [group.block_bytes for group in runner.info.kv_groups])
     return LowerTiers(runner.info, host_bytes=config.kv_host_bytes, disk=disk, secret=secret)
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A model and a config, understood and not loaded: what an engine of them would be."""
+
+    config: EngineConfig  # resolved
+    info: RunnerInfo
+    limits: SchedulerLimits
+    weight_bytes: int  # of the files
+    kv_token_bytes: int
+    step_bytes: int  # that a step of the largest size works in
+    available_bytes: int  # of memory, before any of this
+    fingerprint: str  # of what the time of a step depends on, besides the machine
+
+
+def survey(config: EngineConfig, *, progress: Progress = silent) -> Survey:
+    """What `build_engine` would build. Raises what it would raise before it loads weights."""
+    return _survey(_open_model(config.model, progress, chats=False), config)
+
+
+def open_runner(
+    config: EngineConfig, *, progress: Progress = silent, phase: Callable[[str], None] = lambda name: None
+) -> tuple[CpuRunner, Survey]:
+    """The backend alone, with its weights, for measurements. Whoever asks for it closes it."""
+    phase("opening the model")
+    opened = _open_model(config.model, progress, chats=False)
+    surveyed = _survey(opened, config)
+    phase("loading weights")
+    runner = _make_runner(opened, surveyed.config)
+    try:
+        runner.wait_for_weights()
+    except BaseException:
+        runner.close()
+        raise
+    return runner, surveyed
+
+
+def _survey(opened: _OpenedModel, config: EngineConfig) -> Survey:
+    from setpoint.runtime.cpu.kv_layout import BLOCK_TOKENS, divide, group_shapes
+    from setpoint.runtime.cpu.runner import fingerprint
+
+    facts, machine = model_facts(opened.model, opened.checkpoint.num_bytes), this_machine()
+    resolved, _ = resolve(config, machine, facts)
+    assert resolved.max_model_len is not None
+    assert resolved.kv_cache_memory_bytes is not None
+    kv_dtype, budget = resolved.kv_cache_dtype, resolved.max_num_batched_tokens
+    shapes = group_shapes(opened.model, kv_dtype, resolved.max_model_len, budget)
+    groups = divide(shapes, resolved.kv_cache_memory_bytes, resolved.max_num_seqs)
+    of_model = fingerprint(opened.model, opened.checkpoint, resolved.dtype, kv_dtype)
+    parts = (__version__, of_model, resolved.num_threads, resolved.isa)
+    return Survey(
+        config=resolved,
+        info=RunnerInfo(opened.model.vocab_size, resolved.max_model_len, groups, BLOCK_TOKENS),
+        limits=_scheduler_limits(resolved, SpeculativeConfig.parse(resolved.speculative_config)),
+        weight_bytes=opened.checkpoint.num_bytes,
+        kv_token_bytes=facts.kv_bytes_per_token(kv_dtype),
+        step_bytes=facts.step_bytes_per_token * budget,
+        available_bytes=machine.available_memory_bytes,
+        fingerprint=hashlib.sha256(repr(parts).encode()).hexdigest(),
+    )
 
 
 def require_chat_template(assembly: Assembly) -> ChatTemplate:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
-from engine_support import request, scaled
+from engine_support import AlwaysDraft, request, scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,8 +99,14 @@ def test_a_replay_plans_the_same_steps(
 
 def test_what_an_engine_did_is_planned_again() -> None:
     """The thread with its inbox, against the plain loop: preemption, drafts and a warm prefix cache included."""
-    options = {"drafts": 3, "prefix_caching": True, "budget": 16}
-    scheduler = make(RecordedScheduler, INFO, **options)
+
+    def make_drafting(kind: type[Scheduler]) -> Scheduler:
+        """Guesses at every step: what a thread's steps take is not the test's to say."""
+        limits = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=16, max_drafts=3)
+        guess = AlwaysDraft(lambda token_ids, most: [(token_ids[-1] + 1 + place) % 3 for place in range(most)])
+        return kind(INFO, limits, seed=3, speculator=guess)
+
+    scheduler = make_drafting(RecordedScheduler)
     assert isinstance(scheduler, RecordedScheduler)
     recording = scheduler.record()
     delivered: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
@@ -116,7 +122,7 @@ def test_what_an_engine_did_is_planned_again() -> None:
     assert scheduler.counters.preemptions > 0
     assert scheduler.counters.prefix_hits > 0
     assert scheduler.counters.speculation.accepted_tokens > 0
-    replayed = replay(recording, lambda: make(Scheduler, INFO, **options), INFO)
+    replayed = replay(recording, lambda: make_drafting(Scheduler), INFO)
     assert (replayed.steps, replayed.diverged_at) == (len(recording.steps), None)
     assert tokens(replayed.events) == tokens(events)
 

@@ -3,34 +3,55 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from setpoint.cli.arguments import Json
-from setpoint.cli.console import command_app, print_json, say
+from setpoint.cli.console import DownloadBar, command_app, print_json, say, status
+from setpoint.cli.knobs import with_knobs
+from setpoint.config import EngineConfig
 
 if TYPE_CHECKING:
+    from setpoint.tune.calibrate import Calibration
     from setpoint.tune.machine import Ceilings, MachineIdentity, MachineRecord, Rate
 
-app = command_app("Measure what this machine can do at most.")
+app = command_app("Measure what this machine can do at most, and what steps of a model cost on it.")
 
 
 @app.command()
+@with_knobs(EngineConfig)
 def probe(
-    seconds: Annotated[float, typer.Option(help="About how long to measure.", min=1, max=300)] = 10.0,
+    configure: Callable[..., EngineConfig],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Measure the steps of this model. Default: the machine alone."),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="About how long to measure. Default: 10, of a model at most 60.", min=1, max=300),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure a model even if it was measured before.")] = False,
+    accept_noise: Annotated[
+        bool, typer.Option("--accept-noise", help="Keep what a machine says that other work disturbs.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Measure arithmetic peaks, read bandwidths, barriers and the noise of this machine, and keep them.
 
-    `setpoint inspect machine` shows what was measured last.
+    With MODEL: what a step costs by batch, context, prompt tokens and drafts, for `setpoint plan` and `setpoint tune`;
+    the engine's flags count for a model only. `setpoint inspect machine` shows what was measured of the machine last.
     """
+    if model is not None:
+        _probe_model(configure(model=model), 60.0 if seconds is None else seconds, again, accept_noise, json)
+        return
     from setpoint.tune.machine import load, store
     from setpoint.tune.probe import measure_machine
 
     load(lambda problem: say(f"setpoint: {problem}; measuring again"))
-    record = measure_machine(seconds, Progress())
+    record = measure_machine(10.0 if seconds is None else seconds, Progress())
     path = store(record)
     if json:
         print_json(asdict(record))
@@ -38,6 +59,68 @@ def probe(
     for line in record_lines(record):
         print(line)
     say(f"setpoint: kept in {path}")
+
+
+def _probe_model(config: EngineConfig, seconds: float, again: bool, accept_noise: bool, json: bool) -> None:
+    from setpoint.assemble import open_runner, survey
+    from setpoint.tune.calibrate import calibrate, check_noise
+    from setpoint.tune.calibration_store import STALE_S, load_calibration, store_calibration
+    from setpoint.tune.machine import this_identity
+
+    machine = this_identity()
+    with DownloadBar() as bar:
+        surveyed = survey(config, progress=bar)
+        found = load_calibration(machine, surveyed.fingerprint, lambda problem: say(f"setpoint: {problem}"))
+        if found is None or again or found.age_s > STALE_S:
+            runner, surveyed = open_runner(config, progress=bar, phase=status)
+            try:
+                found = calibrate(
+                    runner,
+                    machine=machine,
+                    model=config.model,
+                    fingerprint=surveyed.fingerprint,
+                    max_num_seqs=surveyed.config.max_num_seqs,
+                    max_num_batched_tokens=surveyed.config.max_num_batched_tokens,
+                    seconds=seconds,
+                    report=Progress(),
+                )
+            finally:
+                runner.close()
+            if not accept_noise:
+                check_noise(found)
+            say(f"setpoint: kept in {store_calibration(found)}")
+        else:
+            say("setpoint: measured before; --again measures anew")
+    if json:
+        print_json(asdict(found))
+        return
+    for line in calibration_lines(found):
+        print(line)
+
+
+def calibration_lines(found: Calibration) -> list[str]:
+    """The fit beside what was measured, and how far it may be trusted."""
+    cost = found.cost
+    lines = [f"Steps of {found.model}, measured {_ago(found.age_s)} in {found.seconds:.0f} s"]
+    lines.append(f"{'step':<48}{'measured ms':>12}{'fit':>9}{'off':>8}")
+    for cell in found.cells:
+        fitted = cost.runner_seconds(cell.shape)
+        lines.append(
+            f"{cell.cell!s:<48}{cell.seconds * 1e3:>12.2f}{fitted * 1e3:>9.2f}{fitted / cell.seconds - 1:>+8.0%}"
+        )
+    body, head = cost.body, cost.head
+    largest = body.sizes[-1]
+    per_token = (body.seconds[-1] - body.seconds[0]) / max(largest - body.sizes[0], 1)
+    lines += [
+        f"one token {1e3 * (body(1) + head(1)):.2f} ms; a further one of a large step {1e6 * per_token:.0f} us; "
+        f"1000 tokens of context {1e6 * 1000 * cost.per_context_s:.0f} us; host {1e6 * cost.host_s:.0f} us a step "
+        f"and {1e6 * cost.host_per_entry_s:.0f} us a sequence",
+        f"error at a step that was left out of the fit: median {found.left_out_median:.1%}, 90th percentile "
+        f"{found.left_out_p90:.1%}; equal steps differ by {found.noise:.1%}",
+    ]
+    if found.left_out_median > BAD_FIT:
+        lines.append("The fit is poor: predictions are rough. Measure again when the machine is quiet.")
+    return lines
 
 
 class Progress:
@@ -59,6 +142,7 @@ class Progress:
 
 
 BUSY_FRACTION = 0.1
+BAD_FIT = 0.15
 ROWS = {
     "int8 GOP/s": "int8_gops",
     "int16 GOP/s": "int16_gops",

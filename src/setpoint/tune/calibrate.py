@@ -16,11 +16,11 @@ import numpy as np
 
 from setpoint.engine.engine import Engine
 from setpoint.engine.events import Event
-from setpoint.engine.plan import Runner, RunnerInfo, StepPlan, StepResult
+from setpoint.engine.plan import Runner, StepPlan, StepResult
 from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
 from setpoint.engine.scheduler import Scheduler, SchedulerLimits
-from setpoint.engine.step_cost import ShapeOf, StepCost
+from setpoint.engine.step_cost import ShapeOf, StepCost, StepShape
 from setpoint.engine.step_fit import StepSample, fit_step_cost, leave_one_out, nonnegative_least_squares
 from setpoint.errors import ConfigError, EngineError
 from setpoint.tune.machine import MachineIdentity
@@ -39,6 +39,7 @@ class MeasuredCell:
     """Medians of `Runner.execute` in seconds, in either round."""
 
     cell: Cell
+    shape: StepShape
     first_s: float
     second_s: float
 
@@ -111,8 +112,10 @@ def calibrate(
         report(total - 1 - len(first) + len(second), total)
     host_s, host_per_entry_s = measure_host(runner, [size for size in (1, 8, 32) if size <= max_num_seqs])
     report(total, total)
-    measured = tuple(MeasuredCell(cell, first[cell], second[cell]) for cell in first)
-    samples = samples_of(measured, steps, info)
+    shape_of = ShapeOf(info.kv_groups)
+    shapes = {cell: shape_of(steps.plan_shape(cell)) for cell in first}
+    measured = tuple(MeasuredCell(cell, shapes[cell], first[cell], second[cell]) for cell in first)
+    samples = [StepSample(cell.shape, cell.seconds) for cell in measured]
     errors = sorted(abs(error) for error in leave_one_out(samples)) or [0.0]
     return Calibration(
         schema=SCHEMA,
@@ -127,11 +130,6 @@ def calibrate(
         left_out_median=statistics.median(errors),
         left_out_p90=errors[round(0.9 * (len(errors) - 1))],
     )
-
-
-def samples_of(measured: Sequence[MeasuredCell], steps: Grid, info: RunnerInfo) -> list[StepSample]:
-    shape_of = ShapeOf(info.kv_groups)
-    return [StepSample(shape_of(steps.plan_shape(cell.cell)), cell.seconds) for cell in measured]
 
 
 def _median_s(steps: Grid, cell: Cell) -> float:

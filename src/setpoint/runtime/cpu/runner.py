@@ -37,7 +37,8 @@ def _finish_loading(program: _native.Program, tokens: NDArray[np.int32], is_cach
     return program.take_up_shortlist() if is_cached else program.shorten_head(tokens)
 
 
-def _fingerprint(model: Model, checkpoint: Checkpoint, dtype: str, kv_dtype: str) -> str:
+def fingerprint(model: Model, checkpoint: Checkpoint, dtype: str, kv_dtype: str) -> str:
+    """Of everything that the bytes of a KV block depend on besides its tokens."""
     return kv_fingerprint(model, checkpoint.digest(), dtype, kv_dtype, _native.NUMERIC_VERSION)
 
 
@@ -67,7 +68,7 @@ class CpuRunner:
         self.program = lowered.program
         self.isa: str = lowered.program.isa
         self._info = RunnerInfo(model.vocab_size, max_model_len, groups, BLOCK_TOKENS)
-        self._identity = partial(_fingerprint, model, checkpoint, dtype, kv_dtype)
+        self._identity = partial(fingerprint, model, checkpoint, dtype, kv_dtype)
         try:
             self._arrays = StepArrays(len(groups), max_num_seqs, max_model_len, BLOCK_TOKENS)
         except MemoryError as error:
