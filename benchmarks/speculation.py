@@ -5,8 +5,9 @@
 One engine; the number of drafts is a hot knob, so both sides of a pair run on the same memory within seconds, in
 alternating order. Prompts are in the prefix cache before a measurement, which counts decoding only. Every run has a
 cache salt of its own, so that no run can copy the answers of an earlier one. Outputs with and without drafts are
-compared token by token. The rival decodes the same prompts at batch 1 with its prompt lookup and without. The last
-line is JSON.
+compared token by token. The rival decodes the same prompts at batch 1 with its prompt lookup and without. A row whose
+median lies within `--near` of 1 gets up to `--more` further pairs: there the machine's noise decides. --output is
+written after every row. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import platform
 import queue
 import statistics
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from setpoint.engine.sampling import SamplingParams
 from setpoint.engine.stats import SpeculationCounters
 from speculation_work import Workload, workloads
 
+SETTLING_S = 5.0  # a start moves weights into huge pages behind the first steps
 RIVAL_DRAFTS = (2, 10)  # what its documentation recommends for CPUs and its default
 
 
@@ -52,6 +55,7 @@ class Bench:
         self.assembly: Assembly = build_engine(config, self.events.put)
         self.engine = self.assembly.engine
         self.engine.start()
+        time.sleep(SETTLING_S)
         self.num_tokens = args.tokens
         self.max_drafts = self.scheduler.limits.max_drafts
         self._run = 0
@@ -111,13 +115,17 @@ class Bench:
 
 
 def measure(bench: Bench, work: Workload, batch: int, args: argparse.Namespace, rival: Worker | None) -> dict[str, Any]:
+    """The row of one workload at one batch size; exits where drafts change an output."""
     prompts = [bench.prompt(messages) for messages in work.conversations]
     groups = [prompts[i : i + batch] for i in range(0, len(prompts) - batch + 1, batch)]
     plain: list[Run] = []
     drafted: list[Run] = []
     rivals: dict[int, list[float]] = {}
     bench.run(groups[0], work.temperature, True)
-    for repeat in range(args.repeat):
+    ratios: list[float] = []
+    for repeat in range(args.repeat + args.more):
+        if repeat >= args.repeat and abs(statistics.median(ratios) - 1) > args.near:
+            break
         group = groups[repeat % len(groups)]
         pair = {
             drafts: bench.run(group, work.temperature, drafts) for drafts in ((False, True), (True, False))[repeat % 2]
@@ -126,13 +134,13 @@ def measure(bench: Bench, work: Workload, batch: int, args: argparse.Namespace, 
             raise SystemExit(f"{work.name}: drafts changed the output")
         plain.append(pair[False])
         drafted.append(pair[True])
+        ratios.append(pair[True].rate / pair[False].rate)
         if rival is not None and batch == 1:
             for drafts in (0, *RIVAL_DRAFTS):
                 answer = rival.ask(
                     "decode", prompt=group[0], steps=args.tokens, temperature=work.temperature, drafts=drafts
                 )
                 rivals.setdefault(drafts, []).append(answer["tokens"] / max(answer["seconds"], 1e-9))
-    ratios = [on.rate / off.rate for on, off in zip(drafted, plain, strict=True)]
     num_drafted = sum(run.drafted for run in drafted)
     tokens = sum(sum(map(len, run.outputs)) for run in drafted)
     row: dict[str, Any] = {
@@ -175,6 +183,9 @@ def main() -> None:
     parser.add_argument("--config", default="auto", help="as --speculative-config")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--more", type=int, default=16)
+    parser.add_argument("--near", type=float, default=0.1)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--workloads", nargs="+", help="beginnings of their names")
     parser.add_argument("--rival-python", type=Path, help="Python of an environment with llama-cpp-python")
@@ -190,7 +201,10 @@ def main() -> None:
         rival = Worker(
             args.rival_python, "llama_cpp_lookup.py", [str(path), str(bench.assembly.config.num_threads)], log
         )
-    rows = []
+    rows: list[dict[str, Any]] = []
+    document = {"benchmark": "speculation", "model": args.model, "config": args.config, "repeat": args.repeat}
+    document |= {"more": args.more, "near": args.near, "tokens": args.tokens}
+    document |= {"machine": platform.processor() or platform.machine(), "rows": rows}
     try:
         for work in workloads(max(16, *args.batches)):
             if args.workloads and not any(work.name.startswith(name) for name in args.workloads):
@@ -198,12 +212,12 @@ def main() -> None:
             for batch in args.batches:
                 rows.append(measure(bench, work, batch, args, rival))
                 show(rows[-1])
+                if args.output is not None:
+                    args.output.write_text(json.dumps(document) + "\n")
     finally:
         if rival is not None:
             rival.close()
         bench.engine.shutdown()
-    document = {"benchmark": "speculation", "model": args.model, "config": args.config, "repeat": args.repeat}
-    document |= {"tokens": args.tokens, "machine": platform.processor() or platform.machine(), "rows": rows}
     print(json.dumps(document))
 
 

@@ -17,6 +17,7 @@ from setpoint.engine.sampling import SamplingParams
 from setpoint.engine.scheduler import Scheduler, SchedulerLimits
 from setpoint.engine.sequence import ActiveRequest
 from setpoint.engine.sequence import Sequence as EngineSequence
+from setpoint.engine.speculation.calibration import Calibration
 from setpoint.engine.speculation.draft_model import DraftModel
 from setpoint.engine.speculation.drafter import MAX_DRAFTS, Draft, Drafter
 from setpoint.engine.speculation.prompt_lookup import PromptLookup, continuation
@@ -201,6 +202,27 @@ def test_the_cost_follows_a_machine_that_became_slower() -> None:
 # --- the choice --------------------------------------------------------------------------------------------------
 
 
+def test_promises_that_are_not_kept_are_believed_less_and_plain_steps_are_known() -> None:
+    calibration = Calibration()
+    assert calibration.drafted(16) == calibration.plain(16) == 1.0
+    for _ in range(200):
+        calibration.learn_drafted(16, tokens=0.9, seconds=1.2)
+        calibration.learn_plain(16, 0.95 / calibration.plain(16))
+    assert calibration.drafted(16) == pytest.approx(0.75, rel=0.01)
+    assert calibration.plain(16) == pytest.approx(0.95, rel=0.01)
+    assert calibration.drafted(4) == calibration.plain(4) == 1.0  # other batches know nothing of it
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.floats(0, 1e3), st.floats(0, 1e3)), max_size=60))
+def test_calibration_is_bounded(steps: list[tuple[int, float, float]]) -> None:
+    calibration = Calibration()
+    for num_decodes, tokens, seconds in steps:
+        calibration.learn_drafted(num_decodes, tokens, seconds)
+        calibration.learn_plain(num_decodes, seconds)
+        assert 0.5 <= calibration.drafted(num_decodes) <= 1.0
+        assert 0.8 <= calibration.plain(num_decodes) <= 1.25
+
+
 class Oracle:
     """Knows what FakeRunner's script says, or gets every second guess wrong."""
 
@@ -247,6 +269,22 @@ def simulate(drafter: Drafter | None, cost: LinearCost, *, num_seqs: int, tokens
 
 CHEAP_ROWS = LinearCost(base_s=4e-3, per_token_s=2e-4)  # bound by memory: a row more costs a twentieth
 DEAR_ROWS = LinearCost(base_s=1e-4, per_token_s=1e-3)  # bound by arithmetic: a row more costs a row
+
+
+class Asked(Oracle):
+    num_calls = 0
+
+    def propose(self, seqs: Sequence[EngineSequence], max_drafts: int) -> list[Draft | None]:
+        self.num_calls += 1
+        return super().propose(seqs, max_drafts)
+
+
+def test_looking_up_that_brings_nothing_is_done_seldom() -> None:
+    useless, useful = Asked(counting, wrong=True), Asked(counting)
+    simulate(useless, CHEAP_ROWS, num_seqs=4, tokens=800)
+    _, scheduler = simulate(useful, CHEAP_ROWS, num_seqs=4, tokens=800)
+    assert 0 < useless.num_calls < 0.4 * 800
+    assert useful.num_calls > 0.9 * (scheduler.counters.step_tokens.num_steps - 4)
 
 
 def test_right_guesses_are_drafted_where_rows_are_cheap() -> None:

@@ -82,14 +82,20 @@ class Acceptance:
         if guess.num_judged == len(guess.token_ids):
             record.open = None
 
-    def survival(self, record: Record, draft: Draft) -> list[float]:
-        """For each token of the draft, the probability that it and all before it are right."""
+    def survival(self, record: Record, draft: Draft, least: float = 0.0) -> list[float]:
+        """For each token of the draft, the probability that it and all before it are right.
+
+        It ends where that falls below `least`, after the first token at the earliest.
+        """
         strength = strength_class(draft.strength)
         shared, own = self._shared[strength], record.tallies[strength]
         weight = own.tried + _SHARED_WEIGHT
-        alive, survival = 1.0, []
+        alive = 1.0
+        survival: list[float] = []
         for position in range(len(draft.token_ids)):
             tally = shared[position]
             alive *= (own.right + _SHARED_WEIGHT * tally.right / tally.tried) / weight
+            if alive < least and survival:
+                break
             survival.append(alive)
         return survival

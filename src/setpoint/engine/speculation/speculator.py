@@ -1,9 +1,10 @@
 """How many tokens to draft, for which sequence, guessed by whom: the choice that may not lose.
 
 Each step the drafts are chosen that make most tokens a second, by two measured things: the probability that a drafted
-token is right (`acceptance`) and what a step with that many more tokens costs (`verify_cost`). Nothing drafted is
-always among the choices. A chain of guesses for each sequence, no tree: on a CPU a further row costs a twentieth to an
-eighth of a step as long as few rows are computed, and the second best guess of a lookup is seldom right.
+token is right (`acceptance`) and what a step with that many more tokens costs (`verify_cost`). What came of earlier
+choices corrects both (`calibration`): the best of many estimates is an estimate too high. Nothing drafted is always
+among the choices, and where guesses do not pay for the looking up, few steps look up. A chain of guesses for each
+sequence, no tree: the second best guess of a lookup is seldom right (`benchmarks/draft_trees.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 from setpoint.engine.sequence import Sequence
 from setpoint.engine.speculation.acceptance import Acceptance, Record
+from setpoint.engine.speculation.calibration import Calibration
 from setpoint.engine.speculation.draft_model import STRENGTH, DraftModel
 from setpoint.engine.speculation.drafter import MAX_DRAFTS, Draft, Drafter
 from setpoint.engine.speculation.verify_cost import VerifyCost
@@ -26,8 +28,13 @@ _DEAR_ROW = 0.8  # share of a token's cost from which on even guesses that are a
 _TRY_EVERY = 16  # a likely guess that was declined so often is verified: the cost it is expected to have may be wrong
 _LIKELY, _TRIED = 0.5, 2  # its probability at least, and how much of it
 _MANY_TOKENS = 64
-_RESTING_AFTER = 16  # steps without a draft worth verifying; then only every so many-th looks for one:
-_WATCH_EVERY, _WATCH_DEAR_EVERY = 8, 64
+_WATCH_EVERY, _WATCH_DEAR_EVERY = 8, 16  # while looking up does not pay, one step in so many does it,
+_AWAKE = 8  # and so many more after one that found drafts worth verifying: copies come in stretches
+_FIRST_NET, _NET_STEP = (
+    0.1,
+    0.03,
+)  # what looking up brings, as a share of a step: before anything is seen; weight of a step
+_MOST_SAVED, _MOST_LOOKING = 0.5, 0.1  # that a single step counts for: one of a hundred is disturbed, or reads a prompt
 _MODEL_RETRY_STEPS = 256  # a draft model that did not pay is asked again, for two tokens
 _CATCH_UP_OVER = 64  # steps over which a draft model's prompt pays off
 
@@ -59,9 +66,12 @@ class _Step:
     seconds: float  # of the step without drafts
     plain_seconds: float  # of a step that decodes these sequences and nothing else
     rate: float  # tokens a second that drafts have to beat
+    looking_seconds: float  # that the lookups took
+    expected_tokens: float = 0.0
+    expected_seconds: float = 0.0
     num_drafts: int = 0
     num_accepted: int = 0
-    drafting_seconds: float = 0.0
+    drafting_seconds: float = 0.0  # that the draft model took
 
 
 class Speculator:
@@ -81,7 +91,9 @@ class Speculator:
         self._model_share = 0.0 if model is None else model.cost_share
         self._acceptance = [Acceptance() for _ in self.drafters]
         self._step: _Step | None = None
-        self._idle_steps = 0  # in a row
+        self._calibration = Calibration()
+        self._net = _FIRST_NET  # time that looking up saves, less what it takes; as a share of a step
+        self._num_steps = self._awake_until = 0
         self._steps_without_model = 0
         self._drafted_steps = 0
         self._declined = 0
@@ -97,18 +109,18 @@ class Speculator:
         limit = min(max_drafts, MAX_DRAFTS)
         if not decodes or limit < 1:
             return
-        choices = [] if self._rests(len(decodes), num_prefill) else self._look_up(decodes, limit)
+        row_cost = self._row_cost(len(decodes), num_prefill) if self.cost.is_known else 0.0
+        self._num_steps += 1
+        choices, looking_seconds = [], 0.0
+        watch_every = _WATCH_DEAR_EVERY if row_cost > _DEAR_ROW else _WATCH_EVERY
+        if self._net > 0 or self._num_steps < self._awake_until or self._num_steps % watch_every == 0:
+            began = self._clock()
+            choices = self._look_up(decodes, limit, 0.5 * row_cost)
+            looking_seconds = self._clock() - began
         if room > 0 and self.cost.is_known:
-            self._choose(choices, decodes, num_prefill, room, limit)
-        drafted = self._step is not None and self._step.num_drafts > 0
-        self._idle_steps = 0 if drafted else self._idle_steps + 1
-
-    def _rests(self, num_decodes: int, num_prefill: int) -> bool:
-        """Looking up takes a hundredth of the step of a large batch: where it does not help, it is done seldom."""
-        if self._idle_steps < _RESTING_AFTER:
-            return False
-        dear = self.cost.is_known and self._row_cost(num_decodes, num_prefill) > _DEAR_ROW
-        return self._idle_steps % (_WATCH_DEAR_EVERY if dear else _WATCH_EVERY) > 0
+            self._choose(choices, decodes, num_prefill, room, limit, looking_seconds)
+        if self._step is not None and self._step.expected_tokens:
+            self._awake_until = self._num_steps + _AWAKE
 
     def _row_cost(self, num_decodes: int, num_prefill: int) -> float:
         """Of a further row in this step, as a share of what a token costs without drafts."""
@@ -116,8 +128,11 @@ class Speculator:
         added = (self.cost.seconds(rows + more) - self.cost.seconds(rows)) / more
         return added * num_decodes / self.cost.seconds(num_decodes)
 
-    def _look_up(self, decodes: abc.Sequence[Sequence], limit: int) -> list[_Choice]:
-        """The best guess for each sequence; all of them are judged by what comes."""
+    def _look_up(self, decodes: abc.Sequence[Sequence], limit: int, least: float) -> list[_Choice]:
+        """The best guess for each sequence, up to where it is right with a probability of `least`.
+
+        All of them are judged by what comes.
+        """
         best: dict[int, _Choice] = {}
         for number, drafter in enumerate(self.drafters[: self._num_lookups]):
             acceptance = self._acceptance[number]
@@ -127,7 +142,7 @@ class Speculator:
                 if draft is None:
                     continue
                 acceptance.watch(record, seq, draft)
-                survival = acceptance.survival(record, draft)
+                survival = acceptance.survival(record, draft, least)
                 known = best.get(seq.seq_id)
                 if known is None or sum(survival) > sum(known.survival):
                     best[seq.seq_id] = _Choice(seq, number, draft, survival)
@@ -139,16 +154,23 @@ class Speculator:
         return seq.speculation
 
     def _choose(
-        self, choices: list[_Choice], decodes: abc.Sequence[Sequence], num_prefill: int, room: int, limit: int
+        self,
+        choices: list[_Choice],
+        decodes: abc.Sequence[Sequence],
+        num_prefill: int,
+        room: int,
+        limit: int,
+        looking_seconds: float,
     ) -> None:
         """Whatever makes the best rate of tokens: no drafts, those looked up, or the model's.
 
         A step with prompts in it would take its time anyway: only what drafts add to it counts.
         """
         num_decodes, rows = len(decodes), len(decodes) + num_prefill
-        plain = self.cost.seconds(num_decodes)
+        plain = self.cost.seconds(num_decodes) * self._calibration.plain(num_decodes)
         rate = num_decodes / plain * _MIN_GAIN
-        self._step = step = _Step(num_decodes, rows, self.cost.seconds(rows), plain, rate)
+        seconds = self.cost.seconds(rows) if num_prefill else plain
+        self._step = step = _Step(num_decodes, rows, seconds, plain, rate, looking_seconds)
         lengths = self._best_lengths(choices, step, room) if choices else []
         model_length = 0 if self._model is None else self._best_model_length(decodes, step, room, limit)
         if not any(lengths) and not model_length:
@@ -157,6 +179,7 @@ class Speculator:
                 return
         self._drafted_steps += 1
         if self._drafted_steps % _PLAIN_EVERY == 0:
+            step.expected_tokens = 0.0
             return
         if model_length:
             choices = self._ask_model(decodes, model_length)
@@ -172,7 +195,8 @@ class Speculator:
         Tokens are taken in the order of their probability, which within a sequence only falls.
         """
         cost, rows, num_decodes = self.cost, step.rows, step.num_decodes
-        least = 0.5 * num_decodes * (cost.seconds(rows + 1) - step.seconds) / step.plain_seconds
+        before, honesty = cost.seconds(rows), self._calibration.drafted(num_decodes)
+        least = 0.5 * num_decodes * (cost.seconds(rows + 1) - before) / step.plain_seconds
         ranked = sorted(
             (
                 (probability, -position, index)
@@ -185,9 +209,10 @@ class Speculator:
         best_count, tokens = 0, float(num_decodes)
         for count, (probability, _, _) in enumerate(ranked[:room], 1):
             tokens += probability
-            rate = tokens / (step.plain_seconds + cost.seconds(rows + count) - step.seconds)
-            if rate > step.rate:
-                step.rate, best_count = rate, count
+            seconds = step.plain_seconds + cost.seconds(rows + count) - before
+            if honesty * tokens / seconds > step.rate:
+                step.rate, best_count = honesty * tokens / seconds, count
+                step.expected_tokens, step.expected_seconds = tokens, seconds
         lengths = [0] * len(choices)
         for _, _, index in ranked[:best_count]:
             lengths[index] += 1
@@ -223,13 +248,13 @@ class Speculator:
         catch_up = sum(self._model.num_missing(seq) - 1 for seq in decodes)
         share = self._model_share
         overhead = share * self.cost.seconds(catch_up) / _CATCH_UP_OVER if catch_up > 0 else 0.0
-        best, tokens = 0, float(num_decodes)
+        best, tokens, before = 0, float(num_decodes), self.cost.seconds(step.rows)
         for length in range(1, min(limit, room // num_decodes) + 1):
             tokens += survival[length - 1]
-            verify = step.plain_seconds + self.cost.seconds(step.rows + length * num_decodes) - step.seconds
+            verify = step.plain_seconds + self.cost.seconds(step.rows + length * num_decodes) - before
             rate = tokens / (verify + overhead + length * share * step.plain_seconds)
             if rate > step.rate:
-                step.rate, best = rate, length
+                step.rate, best, step.expected_tokens = rate, length, 0.0
         return best
 
     def _ask_model(self, decodes: abc.Sequence[Sequence], length: int) -> list[_Choice]:
@@ -266,13 +291,30 @@ class Speculator:
         A few tokens of a prompt cost less than as many decodes, which want logits; many of either cost the same.
         """
         step = self._step
-        if step is not None and step.num_drafts:
-            gained = step.num_accepted * step.plain_seconds / step.num_decodes
-            self.counters.saved_seconds += gained - (seconds - step.seconds)
         if step is not None:
-            seconds -= step.drafting_seconds
+            self._account(step, num_prefill, seconds)
+            seconds -= step.drafting_seconds + step.looking_seconds
         if num_prefill == 0 or num_tokens > _MANY_TOKENS:
             self.cost.learn(num_tokens, seconds)
+
+    def _account(self, step: _Step, num_prefill: int, seconds: float) -> None:
+        """What the step's drafts brought, and whether they came up to what was expected."""
+        saved = 0.0
+        own = seconds - step.drafting_seconds - step.looking_seconds
+        if step.num_drafts:
+            gained = step.num_accepted * step.plain_seconds / step.num_decodes
+            saved = gained - (own + step.drafting_seconds - step.seconds)
+            if step.expected_tokens:
+                tokens = (step.num_decodes + step.num_accepted) / step.expected_tokens
+                took = (step.plain_seconds + own - step.seconds) / step.expected_seconds
+                self._calibration.learn_drafted(step.num_decodes, tokens, took)
+        elif num_prefill == 0:
+            self._calibration.learn_plain(step.num_decodes, own / step.plain_seconds)
+        self.counters.saved_seconds += saved - step.looking_seconds
+        if step.looking_seconds:
+            share = min(max(saved / step.plain_seconds, -_MOST_SAVED), _MOST_SAVED)
+            net = share - min(step.looking_seconds / step.plain_seconds, _MOST_LOOKING)
+            self._net += _NET_STEP * (net - self._net)
 
     def finished(self, seq: Sequence) -> None:
         """A sequence came to its own end."""
