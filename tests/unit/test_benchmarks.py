@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from isolation import kolmogorov_smirnov
 from peers import scripts
 from peers.markdown import BEGIN, END, performance, with_performance
 from peers.rows import SWEEP, TABLE, Row, select
@@ -186,3 +188,18 @@ def test_readme_numbers_come_from_the_newest_result(tmp_path: Path) -> None:
     assert "| 2 (missed) |" in performance(result(1.9), "f")
     with pytest.raises(ValueError, match="marks"):
         with_performance("no marks", tmp_path)
+
+
+def test_two_distributions_are_told_apart_and_one_is_not() -> None:
+    source = random.Random(1)
+    same = [[source.gauss(25, 2) for _ in range(300)] for _ in range(2)]
+    draws = [[[source.random() for _ in range(60)] for _ in range(2)] for _ in range(300)]
+    assert sum(kolmogorov_smirnov(*pair)[1] < 0.05 for pair in draws) == pytest.approx(15, abs=9)  # one in twenty
+    assert kolmogorov_smirnov(same[0], same[0]) == (0.0, 1.0)
+    distance, probability = kolmogorov_smirnov(same[0], [value + 1 for value in same[1]])
+    assert 0.1 < distance < 0.4
+    assert probability < 1e-3
+    assert kolmogorov_smirnov([1.0] * 50, [2.0] * 50)[0] == pytest.approx(1)
+    assert kolmogorov_smirnov([1.0] * 50, [2.0] * 50)[1] < 1e-20
+    # Its critical distance at 5 % for large samples is 1.358 / sqrt(n m / (n + m))
+    assert kolmogorov_smirnov(list(range(1000)), [i + 60.73 for i in range(1000)])[1] == pytest.approx(0.05, abs=0.005)
