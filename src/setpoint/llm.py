@@ -18,6 +18,7 @@ from typing import Any
 from setpoint.assemble import Assembly, build_engine
 from setpoint.assemble import require_chat_template as chat_template_of
 from setpoint.config import EngineConfig
+from setpoint.engine.diagnosis import Divergence
 from setpoint.engine.events import Event, TokenLogprob
 from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
@@ -31,6 +32,7 @@ from setpoint.text.tokenizer import Tokenizer
 OnText = Callable[[int, str], None]  # (index of the prompt, new text), for choice 0
 _Prompt = tuple[str | None, list[int]]  # as text when it was text, and as token ids
 Messages = Sequence[Mapping[str, Any]]
+SessionIds = str | Sequence[str | None] | None  # of all prompts, or of each
 
 
 @dataclass(slots=True)
@@ -68,6 +70,7 @@ class RequestOutput:
     finished: bool = False
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     num_cached_tokens: int = 0
+    prefix_divergence: Divergence | None = None  # why the prompt found less than its session had
 
 
 class _Collector:
@@ -101,6 +104,7 @@ class _Collector:
             self.output.prompt_logprobs = list(event.prompt_logprobs)
         if event.index == 0:
             self.output.num_cached_tokens = event.num_cached_tokens
+            self.output.prefix_divergence = self.output.prefix_divergence or event.divergence
         if event.token_ids and self.first_time is None:
             self.first_time = event.time
         self.last_time = event.time
@@ -202,17 +206,21 @@ class LLM:
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        session_id: SessionIds = None,
         on_text: OnText | None = None,
     ) -> list[RequestOutput]:
         """Continue each prompt (text or token ids); results keep the order of the prompts.
 
-        `on_text` receives the text as it comes. It must not call `generate` or `chat` itself.
+        The prefixes of a session (1 to 128 characters; one for all prompts, or one or None for each) are kept before
+        others, for a later prompt that goes on from them. `on_text` receives the text as it comes. It must not call
+        `generate` or `chat` itself.
         Raises RequestError naming the field, before anything runs, when one of them is invalid; EngineError when the
         engine fails one of them, and then the others end too.
         """
         many: Sequence[Any] = [prompts] if isinstance(prompts, str) else prompts
         read = [self._read_prompt(prompt) for prompt in many]
-        return self._run(read, _one_each(params, SamplingParams(), len(read)), on_text, continuation=True)
+        wanted = _one_each(params, SamplingParams(), len(read))
+        return self._run(read, wanted, _sessions(session_id, len(read)), on_text, continuation=True)
 
     def _read_prompt(self, prompt: Any) -> _Prompt:
         if isinstance(prompt, str):
@@ -229,11 +237,12 @@ class LLM:
         messages: Messages | Sequence[Messages],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        session_id: SessionIds = None,
         on_text: OnText | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several (a list of conversations); without `params`, up to the context's end.
 
-        Errors and `on_text` are those of `generate`.
+        Errors, sessions and `on_text` are those of `generate`.
         """
         if not messages:
             raise RequestError("messages is empty", param="messages")
@@ -243,16 +252,26 @@ class LLM:
         read: list[_Prompt] = [
             (text, self._assembly.tokenizer.encode(text, add_special_tokens=False)) for text in texts
         ]
-        default = SamplingParams(max_tokens=None)
-        return self._run(read, _one_each(params, default, len(read)), on_text, continuation=False)
+        wanted = _one_each(params, SamplingParams(max_tokens=None), len(read))
+        return self._run(read, wanted, _sessions(session_id, len(read)), on_text, continuation=False)
+
+    def delete_session(self, session_id: str) -> bool:
+        """Keep the prefixes of a session no longer than others; False when there is no such session."""
+        return self._assembly.engine.delete_session("", session_id)
 
     def _run(
-        self, prompts: list[_Prompt], params: list[SamplingParams], on_text: OnText | None, *, continuation: bool
+        self,
+        prompts: list[_Prompt],
+        params: list[SamplingParams],
+        sessions: list[str],
+        on_text: OnText | None,
+        *,
+        continuation: bool,
     ) -> list[RequestOutput]:
         with self._lock:
             collectors = [
-                self._collector(prompt, chosen, partial(on_text or _nobody, index), continuation)
-                for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True))
+                self._collector(prompt, self._request(prompt[1], chosen, session), index, on_text, continuation)
+                for index, (prompt, chosen, session) in enumerate(zip(prompts, params, sessions, strict=True))
             ]
             by_id = {collector.request.request_id: collector for collector in collectors}
             waiting = list(reversed(collectors))
@@ -268,13 +287,12 @@ class LLM:
             return [collector.output for collector in collectors]
 
     def _collector(
-        self, prompt: _Prompt, params: SamplingParams, on_text: Callable[[str], None], continuation: bool
+        self, prompt: _Prompt, request: Request, index: int, on_text: OnText | None, continuation: bool
     ) -> _Collector:
-        text, token_ids = prompt
-        request = self._request(token_ids, params)
-        return _Collector(request, text, partial(self._text_stream, request.params, continuation), on_text)
+        stream = partial(self._text_stream, request.params, continuation)
+        return _Collector(request, prompt[0], stream, partial(on_text or _nobody, index))
 
-    def _request(self, prompt: list[int], params: SamplingParams) -> Request:
+    def _request(self, prompt: list[int], params: SamplingParams, session_id: str) -> Request:
         tokenizer, limits = self._assembly.tokenizer, self._assembly.engine.limits
         if not prompt:
             raise RequestError("the prompt is empty", param="prompt")
@@ -285,6 +303,7 @@ class LLM:
             f"llm-{next(self._ids)}",
             prompt,
             params.resolve(limits.max_model_len, len(prompt)),
+            session_id=session_id,
             eos_token_ids=tokenizer.eos_token_ids,
             grammar=None if wanted is None else self._assembly.grammars.compile(StructuredOutputs.of(wanted)),
         )
@@ -363,3 +382,13 @@ def _one_each(
     if len(params) != count:
         raise RequestError(f"{count} prompts but {len(params)} sampling parameters", param="params")
     return list(params)
+
+
+def _sessions(given: SessionIds, count: int) -> list[str]:
+    """The engine's names: "" for none."""
+    each = [given] * count if given is None or isinstance(given, str) else list(given)
+    if len(each) != count:
+        raise RequestError(f"{count} prompts but {len(each)} sessions", param="session_id")
+    if any(name is not None and not (isinstance(name, str) and name) for name in each):
+        raise RequestError("session_id must have 1 to 128 characters", param="session_id")
+    return [name or "" for name in each]

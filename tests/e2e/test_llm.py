@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -379,3 +380,56 @@ def test_a_draft_model_that_cannot_be_loaded_leaves_nothing_running(
 def test_a_draft_model_shares_the_memory_of_the_cache(path: Path) -> None:
     with pytest.raises(ConfigError, match="too small for two models"):
         LLM(str(path), max_model_len=512, kv_cache_memory_bytes=200_000, speculative_config={"model": str(path)})
+
+
+# --- sessions ----------------------------------------------------------------------------------------------------
+
+
+def lengthened(llm: LLM, number: int, length: int = 96) -> list[int]:
+    vocabulary = llm.get_tokenizer()
+    return [(31 * number + 7 * i) % (len(vocabulary) - 10) + 5 for i in range(length)]
+
+
+def test_what_a_session_had_outlives_what_others_had(path: Path) -> None:
+    with LLM(str(path), num_threads=1, max_model_len=256, kv_cache_memory_bytes=1 << 18) as small:
+        kept = lengthened(small, 0)
+
+        def cached_after_others(session_id: str | None) -> int:
+            small.generate([kept], GREEDY, session_id=session_id)
+            for number in range(1, 40):
+                small.generate([lengthened(small, number)], GREEDY)
+            return small.generate([[*kept, 9, 9]], GREEDY, session_id=session_id)[0].num_cached_tokens
+
+        assert cached_after_others(None) == 0
+        assert cached_after_others("agent") == 96
+        assert small.delete_session("agent")
+        assert not small.delete_session("agent")
+
+
+def test_a_session_says_where_its_prompt_changed(llm: LLM) -> None:
+    first, second = lengthened(llm, 50), lengthened(llm, 51)
+    changed = [*first[:40], 3, *first[41:]]
+    plain = llm.generate([first, second], GREEDY)
+    named = llm.generate([first, second], GREEDY, session_id=["one", None])
+    assert [out.outputs for out in named] == [out.outputs for out in plain]
+    [out] = llm.generate([changed], GREEDY, session_id="one")
+    assert out.prefix_divergence is not None
+    assert (out.prefix_divergence.cause, out.prefix_divergence.token_index) == ("text", 40)
+    assert llm.generate([changed], GREEDY)[0].prefix_divergence is None
+
+
+@pytest.mark.parametrize("bad", ["", "x" * 129, ["one"], ["one", ""], ["one", 7]])
+def test_a_session_that_is_none_is_refused_by_name(llm: LLM, bad: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        llm.generate(["hello", "there"], GREEDY, session_id=bad)
+    assert caught.value.param == "session_id"
+
+
+def test_a_chat_has_a_session(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    submit = llm._assembly.engine.submit
+    monkeypatch.setattr(
+        llm._assembly.engine, "submit", lambda request: (seen.append(request.session_id), submit(request))
+    )
+    llm.chat([[{"role": "user", "content": "hello"}]] * 2, GREEDY, session_id=["a", None])
+    assert sorted(seen) == ["", "a"]
