@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import stat
@@ -51,7 +52,7 @@ def load(store: DiskStore, item: BlockRecord) -> bytes | None:
 
 
 def files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file() and file.name != "secret")
+    return sorted(file for file in path.rglob("*") if file.is_file() and file.name not in ("secret", "writer"))
 
 
 def test_what_was_saved_is_read_by_the_next_process(tmp_path: Path) -> None:
@@ -68,6 +69,7 @@ def test_another_model_finds_nothing_and_evicts_first_what_is_not_its_own(tmp_pa
     store = opened(tmp_path)
     for item in chain(1, 4):
         store.save(item)
+    store.close()
     other = opened(tmp_path, "another model", limit=6 * 4096)
     assert load(other, record(1)) is None
     for item in chain(11, 6):
@@ -147,10 +149,61 @@ def test_what_was_read_goes_later(tmp_path: Path) -> None:
     store.touch(record(0).name)
     store.save(record(9))
     assert [load(store, record(number)) is not None for number in (0, 1, 2, 3, 9)] == [True, False, True, True, True]
+    store.close()
     store = opened(tmp_path, limit=4 * 4096)  # the order survives
     store.save(record(10))
     assert load(store, record(0)) is not None
     assert load(store, record(2)) is None
+
+
+def test_one_process_writes_and_the_next_takes_over_within_one_budget(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = opened(tmp_path, limit=6 * 4096)
+    for item in chain(1, 4):
+        first.save(item)
+    assert not caplog.records
+    second = opened(tmp_path, limit=6 * 4096)
+    assert len(caplog.records) == 1
+    assert "another process writes" in caplog.text
+    assert [load(second, item) for item in chain(1, 4)] == [item.payload for item in chain(1, 4)]
+    with pytest.raises(BlockingIOError):
+        second.save(record(50))
+    for item in chain(11, 4):  # what the second has listed goes
+        first.save(item)
+    assert len(files(tmp_path)) == 6
+    assert load(second, record(4)) is None
+    first.close()
+    second.save(record(50))
+    assert second.num_bytes == 6 * 4096 == 4096 * len(files(tmp_path))
+    assert load(second, chain(11, 4)[0]) == chain(11, 4)[0].payload  # written by the first after the second began
+    with pytest.raises(BlockingIOError):
+        first.save(record(51))
+    assert len(caplog.records) == 1
+
+
+@settings(deadline=None, max_examples=scaled(30))
+@given(turns=st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["save", "load", "restart"]), st.integers(1, 12))))
+def test_processes_on_one_directory_stay_within_one_budget(
+    tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[int, str, int]]
+) -> None:
+    path, limit = tmp_path_factory.mktemp("kv"), 5
+    stores = [opened(path, limit=limit * 4096) for _ in range(3)]
+    for number, what, length in turns:
+        store, item = stores[number], chain(1, length)[-1]
+        if what == "save":
+            with contextlib.suppress(BlockingIOError):
+                store.save(item)
+        elif what == "load":
+            assert load(store, item) in (None, item.payload)
+        else:
+            store.close()
+            stores[number] = opened(path, limit=limit * 4096)
+        assert sum(store._lock is not None for store in stores) <= 1
+        assert len(files(path)) <= limit
+        stores[number].check_integrity()
+    for store in stores:
+        store.close()
 
 
 def test_only_the_owner_may_read_and_names_say_nothing(tmp_path: Path) -> None:
@@ -278,6 +331,33 @@ def test_closing_writes_what_was_stored(tmp_path: Path) -> None:
     assert not tier.store(record(99))
     following = opened(tmp_path)
     assert all(load(following, item) == item.payload for item in chain(1, 20))
+
+
+def test_a_thread_whose_directory_another_writes_reads_and_writes_when_that_has_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = opened(tmp_path)
+    other.save(record(1))
+    now = [0.0]
+    files = DiskStore(tmp_path, open_directory(tmp_path), "model", 1 << 20, reserved_bytes=0)
+    tier = DiskTier(files, [SIZE], clock=lambda: now[0])
+    assert tier.wait_until_scanned(10)
+    assert [answer.payload for answer in fetched(tier, record(1))] == [record(1).payload]
+    for number, stays in ((2, False), (3, False), (4, True)):
+        now[0] += 100.0
+        if stays:
+            other.close()
+        written = threading.Event()
+        tier.on_progress = written.set
+        assert tier.store(record(number))
+        assert written.wait(10)
+        assert tier.takes_more == stays
+        assert (record(number).name in tier) == stays
+    tier.close(1)
+    assert len(caplog.records) == 1
+    last = opened(tmp_path)
+    last.save(record(5))  # the thread has given the directory up
+    last.close()
 
 
 @pytest.mark.parametrize("trouble", ["full", "read-only", "gone"])

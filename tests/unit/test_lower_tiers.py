@@ -60,6 +60,19 @@ def test_what_a_process_wrote_behind_comes_back_in_the_next(info: RunnerInfo, de
     assert disk.num_fetched >= 4
 
 
+def test_a_disk_that_takes_nothing_is_not_remembered_without_end() -> None:
+    disk = Attic()
+    disk.takes_more = False
+    harness = Harness(INFO, lower=tiers(INFO, disk=disk))
+    for _ in range(4):
+        crowd_out(harness)
+    assert 0 < harness.scheduler.num_unsaved <= 8
+    disk.takes_more = True
+    while harness.scheduler.num_unsaved:
+        harness.step()
+    assert disk.records  # what is in the pool still
+
+
 def test_nothing_is_kept_or_looked_for_when_both_are_off() -> None:
     harness = Harness(INFO)
     run(harness, again("first"))

@@ -5,13 +5,15 @@ the text. Its head is not read but compared with the one that the reader expects
 a keyed digest covers head, token ids and bytes. What does not fit is removed and was never there.
 
 The directory holds the secret of the keys, and one folder for each fingerprint of what the bytes depend on. Eviction
-takes the least recently used block that no other block continues: prefixes are eaten from their ends.
+takes the least recently used block that no other block continues: prefixes are eaten from their ends. One process at a
+time writes and evicts, so that the budget is one budget; others read, and the next one takes over when it has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import heapq
 import hmac
@@ -86,7 +88,10 @@ class _Entry:
 
 
 class DiskStore:
-    """At most `limit_bytes` in all folders together. `save` and `remove` raise OSError, the others do not."""
+    """At most `limit_bytes` in all folders together.
+
+    `save` and `remove` raise OSError, the others do not; `save` raises BlockingIOError while another process writes.
+    """
 
     def __init__(
         self, path: Path, secret: bytes, fingerprint: str, limit_bytes: int, *, reserved_bytes: int = RESERVED_BYTES
@@ -99,6 +104,7 @@ class DiskStore:
         self._secret = secret
         self._limit = limit_bytes
         self._reserved = reserved_bytes
+        self._lock: int | None = None  # descriptor; held = this process writes
         self._entries: dict[BlockName, _Entry] = {}
         self._continued: dict[BlockName, int] = {}  # how many entries have this one as their parent
         self._leaves: list[tuple[float, BlockName]] = []  # heap; an entry counts if its time is the current one
@@ -111,7 +117,34 @@ class DiskStore:
         return len(self._entries)
 
     def scan(self) -> None:
-        """Find what earlier processes left."""
+        """Find what earlier processes left, and become the one that writes if there is none."""
+        try:
+            self._take_lock()
+        except BlockingIOError:
+            log.warning(
+                "another process writes to --kv-disk-path: this one reads from it, and writes when that one ends"
+            )
+        except OSError:  # told when something is to be saved
+            pass
+        self._list()
+
+    def close(self) -> None:
+        """Let another process write."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self._path / "writer", flags, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._lock = descriptor
+
+    def _list(self) -> None:
         now = time.time()
         for folder in self._folders():
             for file in _files(folder):
@@ -123,7 +156,8 @@ class DiskStore:
                     elif match is not None and stat.S_ISREG(status.st_mode):
                         self._found(match, folder, file, status)
         self._foreign.sort(reverse=True)
-        self._make_room(0)
+        if self._lock is not None:
+            self._make_room(0)
 
     def _folders(self) -> list[Path]:
         try:
@@ -187,6 +221,8 @@ class DiskStore:
 
     def save(self, record: BlockRecord) -> None:
         name, parent = record.name, record.parent
+        if self._lock is None:
+            self._take_over()
         if name in self._entries:
             return
         head = self._head(name, parent, record.tokens, len(record.payload))
@@ -199,6 +235,14 @@ class DiskStore:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         _write(self._file(name, parent), [head, _digest(self._secret, head, record.payload), record.payload])
         self._add(name, _Entry(parent, size, time.time()))
+
+    def _take_over(self) -> None:
+        """Write from now on. What is there is not what was there when this process began."""
+        self._take_lock()
+        self.num_bytes = 0
+        for known in (self._entries, self._continued, self._leaves, self._foreign):
+            known.clear()
+        self._list()
 
     def remove(self, name: BlockName) -> None:
         entry = self._entries[name]

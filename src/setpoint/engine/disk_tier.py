@@ -114,6 +114,7 @@ class DiskTier:
                 self._save(job)
             else:
                 self._load(job)
+        self.files.close()
 
     def _next(self) -> list[Wanted] | BlockRecord | None:
         """What to do now; None when the thread shall end."""
@@ -132,6 +133,8 @@ class DiskTier:
         try:
             if self._clock() >= self._paused_until:
                 self.files.save(record)
+        except BlockingIOError:  # another process writes, which was told at the start
+            self._paused_until = self._clock() + PAUSE_S
         except OSError as error:
             self._pause(error.strerror or type(error).__name__)
         except Exception as error:

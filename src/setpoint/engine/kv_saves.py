@@ -26,7 +26,8 @@ class KVSaves:
         self._saves: list[KVSave] = []
         self._bytes_left = 0
         self._behind_bytes_left = 0
-        self._behind: deque[BlockName] = deque()  # published, and perhaps not on disk yet
+        # Published, and perhaps not on disk yet. A disk that takes nothing leaves no more than the pool can hold.
+        self._behind: deque[BlockName] = deque(maxlen=sum(group.num_blocks for group in groups))
         self._is_planning = False
 
     @property
