@@ -30,6 +30,7 @@ def serve(
 ) -> None:
     """Serve MODEL until SIGTERM or Ctrl-C; then finish what runs (--shutdown-timeout) and leave with 0."""
     from setpoint.assemble import build_engine
+    from setpoint.cli.recording import record_server
     from setpoint.server.auth import KeyRing, check_bind
     from setpoint.server.context import ServerContext, ServerSettings
     from setpoint.server.events import EventRouter
@@ -62,7 +63,10 @@ def serve(
             model_names=(name,),
             max_model_len=assembly.engine.limits.max_model_len,
             settings=ServerSettings(
-                host=http.host, open_metrics=http.open_metrics, shutdown_timeout_s=http.shutdown_timeout
+                host=http.host,
+                open_metrics=http.open_metrics,
+                shutdown_timeout_s=http.shutdown_timeout,
+                keeps_messages=http.record_text,
             ),
             keys=keys,
             log=EventLog(level=log_level()),
@@ -72,6 +76,7 @@ def serve(
                 "knobs": {reason.knob: reason.value for reason in assembly.reasons},
             },
         )
+        recording = None if http.record is None else record_server(context, http)
         phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in assembly.phases.items())
 
         def announce(url: str, command: str) -> None:
@@ -79,6 +84,8 @@ def serve(
 
         assembly.engine.start()
         code = run_server(context, sock=listener, host=http.host, on_ready=announce)
+        if recording is not None and code != FORCED:  # cut short, it stays readable as it is
+            recording.close()
     finally:
         listener.close()
     if code == FORCED:  # threads may be inside native code: an interpreter that ends under them aborts

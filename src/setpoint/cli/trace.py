@@ -1,4 +1,4 @@
-"""setpoint trace synth | import | describe | split | scale"""
+"""setpoint trace synth | import | record | describe | split | scale"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from setpoint.cli.arguments import Json
 from setpoint.cli.console import command_app, print_json, printable, say
 
-app = command_app("Make, import, describe, cut and scale traces of requests.")
+app = command_app("Make, import, record, describe, cut and scale traces of requests.")
 
 In = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace: JSON lines, see docs/guides/traces.md.")]
 Out = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the trace goes.")]
@@ -48,6 +48,23 @@ def import_(
     trace, skipped = import_trace(source, format)
     write_trace(trace, output)
     say(f"{output}: {len(trace.requests)} requests in {trace.seconds:.0f} s, {skipped} rows left out")
+
+
+@app.command()
+def record(
+    upstream: Annotated[str, typer.Option(metavar="URL", help="The endpoint that requests are passed on to.")],
+    output: Out,
+    port: Annotated[int, typer.Option(help="Port to listen on, loopback only.", min=0, max=65535)] = 8001,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Counts and cuts by the tokens of this model.")
+    ] = None,
+    record_text: Annotated[bool, typer.Option("--record-text", help="Keep the messages too.")] = False,
+    max_bytes: Annotated[int, typer.Option(help="Size at which the recording stops.", min=1 << 20)] = 1 << 30,
+) -> None:
+    """Pass requests on to any OpenAI-compatible endpoint and record their traffic until Ctrl-C."""
+    from setpoint.cli.recording import record_upstream
+
+    record_upstream(upstream, output, port=port, model=tokenizer, keeps_text=record_text, max_bytes=max_bytes)
 
 
 @app.command("describe")

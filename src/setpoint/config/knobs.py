@@ -137,6 +137,18 @@ class ServerConfig:
     shutdown_timeout: float = knob(
         30.0, "Time that running requests get after SIGTERM.", unit="seconds", low=0, high=3600
     )
+    record: str | None = knob(
+        None,
+        "Directory for a trace of the traffic: lengths, times, prompts as salted hashes. Default: none is kept.",
+    )
+    record_text: bool = knob(False, "Keep the messages in that trace too.")
+    record_bytes: int = knob(
+        GIB, "Disk for one recording; its oldest part goes first.", unit="bytes", low=1 << 20, high=1 << 46
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.record is not None and (not self.record or "\0" in self.record):
+            raise ConfigError("--record is empty or malformed; give a directory")
+        if self.record_text and self.record is None:
+            raise ConfigError("--record-text needs --record DIR")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from setpoint.engine.engine import Engine
 from setpoint.grammar.compiler import GrammarCompiler
@@ -17,6 +18,9 @@ from setpoint.server.events import EventRouter
 from setpoint.server.logs import EventLog
 from setpoint.text.chat_template import ChatTemplate
 from setpoint.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from setpoint.server.generation import Generation
 
 MIB = 1 << 20
 
@@ -43,6 +47,7 @@ class ServerSettings:
     num_workers: int = 2  # threads that render templates and tokenise
     open_metrics: bool = False
     response_metrics: bool = False  # add "metrics" to every answer
+    keeps_messages: bool = False  # of a chat, for whoever is told of its end
 
 
 @dataclass(slots=True)
@@ -64,6 +69,7 @@ class ServerContext:
     grammars: GrammarCompiler | None = None  # None: no structured output
     cache_info: Mapping[str, str] = field(default_factory=dict)  # labels of vllm:cache_config_info
     server_info: Mapping[str, object] = field(default_factory=dict)  # more fields for /server_info
+    on_end: Callable[[Generation, float], None] | None = None  # told of every generation, with its arrival by `clock`
     started: bool = False  # set when the app has started up
     draining: bool = False  # set by the first signal; new work gets 503
 

@@ -66,6 +66,7 @@ class Endpoints:
         form_type: Callable[[ServerContext, Generation], Form],
     ) -> Response:
         context, tenant = self._context, request.scope.get("setpoint.tenant", "")
+        arrival = context.clock()
         with self._admission.enter(generates=True):
             body, ignored = await self._read(request, wire_type)
             if body.request_id is not None:
@@ -86,13 +87,15 @@ class Endpoints:
             self._admission.add(generation)
         headers = {"X-Setpoint-Ignored-Params": ", ".join(ignored)} if ignored else {}
         answer_type = EventStream if job.stream else JsonAnswer
-        return answer_type(generation, form, context.settings, headers, self._finisher(request, generation))
+        return answer_type(generation, form, context.settings, headers, self._finisher(request, generation, arrival))
 
-    def _finisher(self, request: Request, generation: Generation) -> Finish:
+    def _finisher(self, request: Request, generation: Generation, arrival: float) -> Finish:
         def finish(ending: str) -> None:
             self._admission.remove(generation)
             self._metrics.finished(generation, ending)
             request.scope["setpoint.record"].fields.update(_log_fields(generation, ending))
+            if self._context.on_end is not None:
+                self._context.on_end(generation, arrival)
 
         return finish
 

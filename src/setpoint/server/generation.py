@@ -6,8 +6,9 @@ and possible stop strings; a stop string found here aborts the choice in the eng
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from setpoint.engine.constraint import Grammar
 from setpoint.engine.diagnosis import Divergence
@@ -50,6 +51,7 @@ class Job:
     echo: bool = False
     continues_text: bool = False  # the output goes on from the prompt, its leading space included
     grammar: Grammar | None = None  # of the prompts' structured_outputs
+    messages: tuple[Mapping[str, Any], ...] = ()  # of a chat, where ServerSettings.keeps_messages
 
     @property
     def n(self) -> int:

@@ -59,7 +59,10 @@ def prepare_chat(context: ServerContext, body: ChatRequest, tenant: str) -> Job:
     text = render(context, body, body.messages)
     prompt = _tokenise(context, body, text, add_special_tokens=bool(body.add_special_tokens), param="messages")
     params = _sampling(context, body, max_tokens=limits[0] if limits else None, logprobs=logprobs)
-    return _job(context, body, "chatcmpl", [(None, prompt)], params, tenant, param="messages")
+    job = _job(context, body, "chatcmpl", [(None, prompt)], params, tenant, param="messages")
+    if context.settings.keeps_messages:
+        job = replace(job, messages=tuple(message.model_dump(exclude_none=True) for message in body.messages))
+    return job
 
 
 def prepare_completion(context: ServerContext, body: CompletionRequest, tenant: str) -> Job:

@@ -5,7 +5,8 @@
 
 `t` is in seconds from the start, `in` and `out` are tokens, `think` is the pause of a session since its last answer.
 `hash_ids` names the full blocks of the prompt: an equal id is an equal block behind an equal prefix. Only `t`, `in` and
-`out` must be there. Nothing in a file is trusted; errors name the line.
+`out` must be there. A header with `"order": "end"` is of a recording that was not closed: its lines stand in the order
+in which requests ended, and the last may be torn. Nothing in a file is trusted; errors name the line.
 """
 
 from __future__ import annotations
@@ -76,17 +77,19 @@ def read_trace(path: Path) -> Trace:
             first = next(lines, None)
             if first is None:
                 raise TraceError(f"{path.name} is empty; a trace begins with a header line")
-            header = _header(first)
+            header, is_open = _header(first)
             requests: list[TraceRequest] = []
             for number, document in lines:
                 request = _request(number, document, header)
-                if requests and request.arrival_s < requests[-1].arrival_s:
+                if not is_open and requests and request.arrival_s < requests[-1].arrival_s:
                     raise TraceError(f"line {number}: t goes back from {requests[-1].arrival_s} to {request.arrival_s}")
                 requests.append(request)
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror}") from None
     if not requests:
         raise TraceError(f"{path.name} holds no request")
+    if is_open:
+        requests.sort(key=lambda request: request.arrival_s)
     return Trace(header, requests)
 
 
@@ -104,30 +107,43 @@ def write_trace(trace: Trace, path: Path) -> None:
 
 
 def trace_lines(trace: Trace) -> Iterator[str]:
-    header = trace.header
+    yield header_line(trace.header)
+    yield from map(request_line, trace.requests)
+
+
+def header_line(header: TraceHeader, *, is_open: bool = False) -> str:
+    """`is_open`: of a recording under way."""
     document: dict[str, Any] = {"schema": SCHEMA, "source": header.source, "licence": header.licence}
-    yield json.dumps(document | {"block_size": header.block_size, "scaling": list(header.scaling)})
-    for request in trace.requests:
-        line: dict[str, Any] = {
-            "t": round(request.arrival_s, 6),
-            "in": request.input_tokens,
-            "out": request.output_tokens,
-        }
-        optional = {
-            "hash_ids": list(request.hash_ids) or None,
-            "messages": None if request.messages is None else list(request.messages),
-            "session": request.session,
-            "turn": request.turn or None,
-            "think": None if request.think_s is None else round(request.think_s, 6),
-            "class": request.class_name or None,
-            "slo": request.slo,
-        }
-        yield json.dumps(line | {name: value for name, value in optional.items() if value is not None})
+    order = {"order": "end"} if is_open else {}
+    return json.dumps(document | {"block_size": header.block_size, "scaling": list(header.scaling)} | order)
+
+
+def request_line(request: TraceRequest) -> str:
+    line: dict[str, Any] = {
+        "t": round(request.arrival_s, 6),
+        "in": request.input_tokens,
+        "out": request.output_tokens,
+    }
+    optional = {
+        "hash_ids": list(request.hash_ids) or None,
+        "messages": None if request.messages is None else list(request.messages),
+        "session": request.session,
+        "turn": request.turn or None,
+        "think": None if request.think_s is None else round(request.think_s, 6),
+        "class": request.class_name or None,
+        "slo": request.slo,
+    }
+    return json.dumps(line | {name: value for name, value in optional.items() if value is not None})
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+    is_open = False
     for number, line in enumerate(file, 1):
-        yield number, json_object(number, line)
+        if is_open and not line.endswith(b"\n"):
+            return  # torn: whoever wrote it was killed
+        document = json_object(number, line)
+        is_open = is_open or (number == 1 and document.get("order") == "end")
+        yield number, document
 
 
 def json_object(number: int, line: str | bytes) -> dict[str, Any]:
@@ -143,11 +159,12 @@ def json_object(number: int, line: str | bytes) -> dict[str, Any]:
     return document
 
 
-def _header(first: tuple[int, dict[str, Any]]) -> TraceHeader:
+def _header(first: tuple[int, dict[str, Any]]) -> tuple[TraceHeader, bool]:
+    """And whether it is of a recording that was not closed."""
     number, document = first
     if document.get("schema") != SCHEMA:
         raise TraceError(f'line {number}: a trace begins with {{"schema": "{SCHEMA}"}}; see `setpoint trace import`')
-    _known(number, document, ("schema", "source", "licence", "block_size", "scaling"))
+    _known(number, document, ("schema", "source", "licence", "block_size", "scaling", "order"))
     block_size, scaling = document.get("block_size", 16), document.get("scaling", [])
     if not _is_integer(block_size, 1, 1 << 16):
         raise TraceError(f"line {number}: block_size must be an integer in 1..{1 << 16}")
@@ -156,7 +173,10 @@ def _header(first: tuple[int, dict[str, Any]]) -> TraceHeader:
     texts = (document.get("source", ""), document.get("licence", ""))
     if not all(isinstance(text, str) for text in texts):
         raise TraceError(f"line {number}: source and licence must be strings")
-    return TraceHeader(*texts, block_size, tuple(scaling))
+    order = document.get("order", "arrival")
+    if order not in ("arrival", "end"):
+        raise TraceError(f'line {number}: order must be "arrival" or "end"')
+    return TraceHeader(*texts, block_size, tuple(scaling)), order == "end"
 
 
 def _request(number: int, document: dict[str, Any], header: TraceHeader) -> TraceRequest:
