@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from setpoint.errors import ConfigError
-from setpoint.workload.trace import Trace, TraceError, TraceRequest
+from setpoint.workload.trace import MAX_NAME_CHARS, Trace, TraceError, TraceRequest
 
 _ID_STRIDE = 1 << 40  # between the block ids of superposed copies
+_REPEAT_STRIDE = 1 << 50  # and of those that follow each other
 
 
 def split(trace: Trace, share: float) -> tuple[Trace, Trace]:
@@ -54,6 +55,25 @@ def scale_rate(trace: Trace, factor: float, seed: int = 0) -> Trace:
     if not requests:
         raise TraceError("no session is left at this rate; choose a larger factor")
     return _with(trace, sorted(requests, key=lambda request: request.arrival_s), f"sessions x {factor:g}, seed {seed}")
+
+
+def repeated(trace: Trace, times: int) -> Trace:
+    """The trace so many times one after the other: sessions and blocks anew each time, but what sessions share."""
+    if not 1 <= times <= 1000:
+        raise ConfigError("a trace is repeated 1 to 1000 times")
+    shared = _shared_blocks(trace.requests)
+    period = trace.seconds * (1 + 1 / max(len(trace.requests) - 1, 1))
+    requests = [
+        replace(
+            request,
+            arrival_s=request.arrival_s + copy * period,
+            session=None if request.session is None else f"{request.session}~r{copy}"[:MAX_NAME_CHARS],
+            hash_ids=tuple(block if block in shared else block + copy * _REPEAT_STRIDE for block in request.hash_ids),
+        )
+        for copy in range(times)
+        for request in trace.requests
+    ]
+    return _with(trace, requests, f"repeated {times} times") if times > 1 else trace
 
 
 def scale_lengths(trace: Trace, divisor: float) -> Trace:
