@@ -321,6 +321,8 @@ def test_what_is_not_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert client.post(CHAT, json=chat()).status_code == 502
         assert client.post(CHAT, json=chat("x" * 2000)).status_code == 413
         assert client.post(CHAT, json=chat(), headers={"Host": "evil.example:80"}).status_code == 403
+        monkeypatch.setattr("setpoint.workload.record_proxy.MAX_BUFFERED_BYTES", 10)
+        assert client.post(CHAT, json=chat()).status_code == 503
         monkeypatch.setattr("setpoint.workload.record_proxy.MAX_CONCURRENT", 0)
         assert client.post(CHAT, json=chat()).status_code == 503
     assert front.requests == []

@@ -6,6 +6,7 @@ import errno
 import gzip
 import json
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -240,6 +241,30 @@ def test_what_cannot_be_described_is_left_out(tmp_path: Path, monkeypatch: pytes
     recording.close()
     assert (recording.num_written, recording.num_left_out, warnings) == (1, 2, [])
     assert read_trace(tmp_path / "t.jsonl").requests[0].messages is None
+
+
+def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By number and by bytes; one warning for all that is left out, and the rest is written."""
+    monkeypatch.setattr(record, "MAX_PENDING", 3)
+    monkeypatch.setattr(record, "MAX_PENDING_BYTES", 100)
+    warnings: list[str] = []
+    recording = Recording(single(tmp_path / "t.jsonl"), lambda: 0.0, warnings.append)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow() -> list[Seen]:
+        begun.set()
+        go_on.wait(10)
+        return [seen(0.0, 1.0)]
+
+    recording.add(slow)
+    begun.wait(10)
+    for number, num_bytes in enumerate((90, 20, 10, 0, 0)):  # the second has no room, nor has the last a place
+        recording.add(lambda number=number: [seen(number + 1.0, 9.0)], num_bytes)  # type: ignore[misc]
+    go_on.set()
+    recording.close()
+    assert [r.arrival_s for r in read_trace(tmp_path / "t.jsonl").requests] == [0.0, 1.0, 3.0, 4.0]
+    assert recording.num_left_out == 2
+    assert warnings == ["requests end faster than they can be recorded; some are left out"]
 
 
 def test_messages_are_kept_where_they_are_asked_for(tmp_path: Path) -> None:

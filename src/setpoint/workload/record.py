@@ -24,6 +24,7 @@ from setpoint.workload.trace import MAX_LINE_BYTES, MAX_TOKENS, TraceRequest, re
 BLOCK_TOKENS: Final = 16
 BLOCK_BYTES: Final = 64  # of text, where there is no tokenizer: 16 tokens of 4 bytes
 MAX_PENDING: Final = 4096
+MAX_PENDING_BYTES: Final = 256 << 20
 MAX_SESSIONS: Final = 1 << 16
 _ID_BITS: Final = 53  # exact in every reader of JSON
 
@@ -122,25 +123,33 @@ class Recording:
         self._warn = warn
         self._salt = os.urandom(32)
         self._sessions = _Sessions(self._salt, max_sessions)
-        self._work: Queue[Callable[[], Iterable[Seen]] | None] = Queue(MAX_PENDING)
+        self._work: Queue[tuple[Callable[[], Iterable[Seen]], int] | None] = Queue(MAX_PENDING)
         self._is_over = False  # no more is taken
         self._has_dropped = False
+        self._lock = threading.Lock()
+        self._pending_bytes = 0  # that waiting requests hold on to
         self.num_written = 0
         self.num_left_out = 0  # without a prompt or an answer, or too many at once
         self._thread = threading.Thread(target=self._run, name="setpoint-record", daemon=True)
         self._thread.start()
 
-    def add(self, describe: Callable[[], Iterable[Seen]]) -> None:
-        """`describe` is called in the recording's thread."""
+    def add(self, describe: Callable[[], Iterable[Seen]], num_bytes: int = 0) -> None:
+        """`describe` is called in the recording's thread; until then it holds `num_bytes`."""
         if self._is_over:
             return
-        try:
-            self._work.put_nowait(describe)
-        except Full:
+        with self._lock:
+            has_room = self._pending_bytes + num_bytes <= MAX_PENDING_BYTES
+            if has_room:
+                try:
+                    self._work.put_nowait((describe, num_bytes))
+                    self._pending_bytes += num_bytes
+                    return
+                except Full:
+                    pass
             self.num_left_out += 1
-            if not self._has_dropped:
-                self._has_dropped = True
-                self._warn("requests end faster than they can be recorded; some are left out")
+            is_first, self._has_dropped = not self._has_dropped, True
+        if is_first:
+            self._warn("requests end faster than they can be recorded; some are left out")
 
     def close(self) -> None:
         """Write what has ended, and put the file in the order of arrival."""
@@ -149,9 +158,12 @@ class Recording:
             self._thread.join()
 
     def _run(self) -> None:
-        while (describe := self._work.get()) is not None:
+        while (work := self._work.get()) is not None:
+            describe, num_bytes = work
             if not self._is_over:
                 self._write(describe)
+            with self._lock:
+                self._pending_bytes -= num_bytes
         self._is_over = True
         try:
             self._parts.close()
@@ -163,7 +175,8 @@ class Recording:
             for seen in describe():
                 line = self._line(seen)
                 if line is None:
-                    self.num_left_out += 1
+                    with self._lock:
+                        self.num_left_out += 1
                 elif not self._parts.add(line):
                     self._stop("the recording has reached its limit; it stops here")
                     return
@@ -171,8 +184,9 @@ class Recording:
                     self.num_written += 1
         except OSError as error:
             self._stop(f"the recording cannot be written ({error.strerror}); it stops here")
-        except (ValueError, TypeError, KeyError, AttributeError):  # a body of somebody's own making
-            self.num_left_out += 1
+        except Exception:  # whatever a body of somebody's own making provokes
+            with self._lock:
+                self.num_left_out += 1
 
     def _stop(self, message: str) -> None:
         self._is_over = True

@@ -15,7 +15,7 @@ import orjson
 
 BYTES_PER_TOKEN: Final = 4
 MAX_EVENT_BYTES: Final = 1 << 20
-MAX_ANSWER_BYTES: Final = 64 << 20  # of a body that is no stream, and of the text of one that is
+MAX_ANSWER_BYTES: Final = 16 << 20  # of a body that is no stream, and of the text of one that is
 READABLE_ENCODINGS: Final = ("gzip", "deflate", "identity")
 Encode = Callable[[str], Sequence[int]]
 

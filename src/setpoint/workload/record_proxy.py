@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -22,6 +22,7 @@ from setpoint.workload.record import Recording, Seen
 from setpoint.workload.record_answer import READABLE_ENCODINGS, AnswerMeter, Encode, estimated, read_prompt
 
 MAX_BODY_BYTES: Final = 64 << 20
+MAX_BUFFERED_BYTES: Final = 512 << 20  # of all bodies under way
 MAX_CONCURRENT: Final = 1024
 CONNECT_TIMEOUT_S: Final = 30.0
 READ_TIMEOUT_S: Final = 600.0  # until the next byte: a long prompt is silent for long
@@ -83,6 +84,7 @@ class RecordingProxy:
         self._keeps_text = keeps_text
         self._client = client or _client()
         self._num_active = 0
+        self._buffered_bytes = 0
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -110,12 +112,24 @@ class RecordingProxy:
 
     async def _serve(self, scope: Any, receive: Receive, send: Send) -> None:
         arrival_s = self._clock()
-        body = await _body(receive)
-        if body is None:
+        body = bytearray()
+        try:
+            async for piece in _pieces(receive):
+                body += piece
+                self._buffered_bytes += len(piece)
+                if len(body) > MAX_BODY_BYTES:
+                    await _refuse(send, 413, f"A body may have {MAX_BODY_BYTES >> 20} MiB.")
+                    return
+                if self._buffered_bytes > MAX_BUFFERED_BYTES:
+                    await _refuse(send, 503, "Too much is being sent.")
+                    return
+            await self._exchange(scope, bytes(body), receive, send, arrival_s)
+        except _ClientLeftError:
             return
-        if len(body) > MAX_BODY_BYTES:
-            await _refuse(send, 413, f"A body may have {MAX_BODY_BYTES >> 20} MiB.")
-            return
+        finally:
+            self._buffered_bytes -= len(body)
+
+    async def _exchange(self, scope: Any, body: bytes, receive: Receive, send: Send, arrival_s: float) -> None:
         exchange = None
         kind = next((kind for end, kind in _GENERATES.items() if scope["path"].endswith("/" + end)), None)
         if kind is not None and scope["method"] == "POST":
@@ -132,7 +146,7 @@ class RecordingProxy:
             await asyncio.gather(passing, leaving, return_exceptions=True)
             if exchange is not None and exchange.meter is not None:
                 exchange.end_s = self._clock()
-                self._recording.add(lambda: self._seen(exchange))
+                self._recording.add(lambda: self._seen(exchange), len(body))
 
     async def _pass(self, scope: Any, body: bytes, send: Send, exchange: _Exchange | None) -> None:
         request = httpx.Request(scope["method"], self._url(scope), headers=_to_upstream(scope["headers"]), content=body)
@@ -243,16 +257,19 @@ def _to_client(headers: Headers) -> Headers:
     return [(name, value) for name, value in headers if name.decode("latin-1").lower() not in dropped]
 
 
-async def _body(receive: Receive) -> bytes | None:
-    """None when the client has left; one byte more than allowed when it is too long."""
-    body = bytearray()
+class _ClientLeftError(Exception):
+    pass
+
+
+async def _pieces(receive: Receive) -> AsyncIterator[bytes]:
+    """Of a request's body."""
     while True:
         message = await receive()
         if message["type"] != "http.request":
-            return None
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES or not message.get("more_body"):
-            return bytes(body[: MAX_BODY_BYTES + 1])
+            raise _ClientLeftError
+        yield message.get("body", b"")
+        if not message.get("more_body"):
+            return
 
 
 async def _disconnect(receive: Receive) -> None:
