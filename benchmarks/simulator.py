@@ -38,7 +38,7 @@ from setpoint.engine.plan import Runner, StepPlan, StepResult
 from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
 from setpoint.engine.scheduler import Scheduler
-from setpoint.engine.step_cost import StepCost, StepShape
+from setpoint.engine.step_cost import ShapeOf, StepCost, StepShape
 from setpoint.tune.arrivals import Arrivals
 from setpoint.tune.calibrate import Calibration, calibrate
 from setpoint.tune.machine import this_identity
@@ -61,13 +61,29 @@ BUSY = {"chat": 5.0, "code": 3.0, "rag": 5.0, "agent": 4.0, "batch": 5.0}  # req
 
 
 class Borrowed:
-    """A runner that an engine does not close."""
+    """A runner that an engine does not close, and that notes what its steps took beside what the model says."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, cost: StepCost) -> None:
         self._runner, self.info = runner, runner.info
+        self._cost, self._shape_of = cost, ShapeOf(runner.info.kv_groups)
+        self.seconds: dict[str, list[tuple[float, float]]] = {"decodes": [], "prompts": []}
 
     def execute(self, plan: StepPlan) -> StepResult:
-        return self._runner.execute(plan)
+        began = time.perf_counter()
+        result = self._runner.execute(plan)
+        took = time.perf_counter() - began
+        shape = self._shape_of(plan.entries)
+        kind = "decodes" if shape.tokens == shape.rows else "prompts"
+        self.seconds[kind].append((took, self._cost.runner_seconds(shape)))
+        return result
+
+    def ratios(self) -> dict[str, float]:
+        """Seconds over predicted seconds of all steps of a kind: the error of the cost model alone."""
+        return {
+            kind: round(sum(took for took, _ in found) / sum(said for _, said in found), 3)
+            for kind, found in self.seconds.items()
+            if found
+        }
 
     def close(self) -> None:
         pass
@@ -83,14 +99,14 @@ def held_out(name: str, seconds: float, load: float) -> Trace:
             if len(trace.requests) >= 2.0 * load * seconds:
                 return scale_lengths(trace, 16)
         raise SystemExit("no burst in forty cuts; give more --seconds")
-    return synthesize("agent", rate=4.0 * load, seconds=seconds, seed=13, length_scale=16)
+    return synthesize("agent", rate=4.0 * load, seconds=seconds, seed=13, length_scale=32)
 
 
-def measured(runner: Runner, setup: EngineSetup, trace: Trace, salt: int) -> list[RequestLog]:
+def measured(runner: Borrowed, setup: EngineSetup, trace: Trace, salt: int) -> list[RequestLog]:
     """The trace on the real engine: this thread sends, the engine's thread computes."""
     scheduler = Scheduler(runner.info, setup.limits, enable_prefix_caching=True, seed=0)
     delivered: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-    engine = Engine(scheduler, Borrowed(runner), delivered.put)
+    engine = Engine(scheduler, runner, delivered.put)
     prompts = PromptTokens(trace, runner.info.vocab_size, seed=salt)
     made = [prompts[index] for index in range(len(trace.requests))]
     arrivals, logs = Arrivals(trace), {}
@@ -175,7 +191,8 @@ def accuracy(
         for seqs, budget, load in CONFIGURATIONS:
             limits = replace(surveyed.limits, max_num_seqs=seqs, max_num_batched_tokens=budget, max_drafts=0)
             setup, trace = EngineSetup(surveyed.info, limits, cost), held_out(name, seconds, load)
-            real = figures(measured(runner, setup, trace, salt))
+            borrowed = Borrowed(runner, cost)
+            real = figures(measured(borrowed, setup, trace, salt))
             done = simulate(trace, setup)
             row = {
                 "trace": name,
@@ -186,13 +203,15 @@ def accuracy(
                 "measured": asdict(real),
                 "simulated": asdict(figures(done.run.logs)),
                 "baseline": baseline(trace, setup),
+                "steps_over_model": borrowed.ratios(),
                 "speed": round(done.speed),
             }
             rows.append(row)
             print(
                 f"{name:<6}{len(trace.requests):>4} requests {seqs:>3} x {budget:<4} load {load:<4}"
                 f" TPOT {real.tpot_ms:7.2f} / {row['simulated']['tpot_ms']:7.2f} ms,"
-                f" TTFT p95 {real.ttft_ms:7.0f} / {row['simulated']['ttft_ms']:7.0f} ms",
+                f" TTFT p95 {real.ttft_ms:7.0f} / {row['simulated']['ttft_ms']:7.0f} ms, "
+                f"steps / model {borrowed.ratios()}",
                 flush=True,
             )
     return rows
@@ -293,7 +312,7 @@ def main() -> None:
     }
     if not arguments.speed_only:
         rows = accuracy(runner, surveyed, found.cost, arguments.traces, arguments.seconds)
-        if arguments.merge is not None:
+        if arguments.merge is not None and arguments.merge.exists():
             earlier = json.loads(arguments.merge.read_text())["rows"]
             rows = [row for row in earlier if row["trace"] not in arguments.traces] + rows
         document |= {"rows": rows, "judged": judged(rows)}

@@ -1,6 +1,6 @@
 """`setpoint probe MODEL`: what steps of this model cost on this machine, measured in a minute and kept.
 
-Two rounds over the grid, so that a drift of the machine shows as a difference between them; the medians are fitted.
+Two rounds over the grid, so that a drift of the machine shows as a difference between them; their means are fitted.
 The host's share (planning, results, the engine's loop) is measured apart, with the engine itself running.
 """
 
@@ -36,7 +36,7 @@ _PATIENCE_S = 120.0
 
 @dataclass(frozen=True)
 class MeasuredCell:
-    """Medians of `Runner.execute` in seconds, in either round."""
+    """Seconds of `Runner.execute`, in either round."""
 
     cell: Cell
     shape: StepShape
@@ -104,11 +104,11 @@ def calibrate(
     for cell in steps.cells:
         if first and time.perf_counter() - began > _FIRST_ROUND_SHARE * seconds:
             break
-        first[cell] = _median_s(steps, cell)
+        first[cell] = _mean_s(steps, cell)
         report(len(first), total)
     second: dict[Cell, float] = {}
     for cell in first:
-        second[cell] = _median_s(steps, cell)
+        second[cell] = _mean_s(steps, cell)
         report(total - 1 - len(first) + len(second), total)
     host_s, host_per_entry_s = measure_host(runner, [size for size in (1, 8, 32) if size <= max_num_seqs])
     report(total, total)
@@ -132,15 +132,19 @@ def calibrate(
     )
 
 
-def _median_s(steps: Grid, cell: Cell) -> float:
-    """Of equal steps, after one that warms caches and touches memory."""
+def _mean_s(steps: Grid, cell: Cell) -> float:
+    """Of equal steps, after one that warms caches and touches memory. A stall counts as two steps, not as what it took.
+
+    Means and not medians: what users see of a step that is late now and then is the mean.
+    """
     steps.execute(cell)
     times: list[float] = []
     while len(times) < _LEAST_REPEATS or (len(times) < _MOST_REPEATS and sum(times) < _CELL_S):
         began = time.perf_counter()
         steps.execute(cell)
         times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    most = 2.0 * statistics.median(times)
+    return statistics.fmean(min(seconds, most) for seconds in times)
 
 
 class _TimedRunner:
