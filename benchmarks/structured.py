@@ -1,11 +1,12 @@
 """What structured output costs and whether it holds what it promises.
 
-    python benchmarks/structured.py [--model smollm2-135m] [--parts compile,overhead,jump,valid] [--outputs 1000]
-        [--speculation off]
+    python benchmarks/structured.py [--model smollm2-135m] [--parts compile,overhead,late,jump,valid] [--outputs 1000]
+        [--speculation off] [--num-threads 1]
 
 compile: every schema of `structured_schemas.py` as a client's first request meets it (a trial in the worker process,
 then in the server), and from the cache. overhead: greedy decoding without a mask, with one that forbids no text, and
-within JSON, in turn; and the masks of real outputs alone. jump: the same outputs of compact JSON with forced tokens
+within JSON, in turn; and the masks of real outputs alone. late: masks made with the plan and while the model runs, in
+turn; that may pay where threads leave a CPU idle. jump: the same outputs of compact JSON with forced tokens
 taken at once and drawn one by one, in turn; the tokens must be equal. valid: outputs of all schemas at temperature 0.7,
 in batches, each validated by the jsonschema library; those cut by max_tokens are counted apart. The last line is JSON.
 """
@@ -126,6 +127,37 @@ def overhead(llm: LLM, repeat: int) -> dict[str, Any]:
     return result
 
 
+def late(llm: LLM, repeat: int) -> dict[str, Any]:
+    """Milliseconds a token within JSON: masks made with the plan, or by a thread while the model runs, in turn."""
+    params = SamplingParams(
+        temperature=0.0, max_tokens=96, ignore_eos=True, structured_outputs=StructuredOutputs(json=ENDLESS)
+    )
+    planner, runner = llm._assembly.engine._scheduler._planner, llm._assembly.engine._runner
+    set_jump(llm, False)
+    result: dict[str, Any] = {"by the rule": runner.info.late_masks}
+    for batch in (1, 8, 32):
+        times: dict[bool, list[float]] = {False: [], True: []}
+        tokens: dict[bool, list[list[int]]] = {}
+        for turn in range(repeat + 1):
+            for on in (False, True) if turn % 2 else (True, False):
+                planner.late_masks = on
+                seconds, tokens[on] = seconds_per_token(llm, batch, params)
+                if turn:  # the first warms up
+                    times[on].append(seconds)
+        if tokens[True] != tokens[False]:
+            raise SystemExit("late masks change the output")
+        ratios = [after / before for before, after in zip(times[False], times[True], strict=True)]
+        result[f"batch {batch}"] = {
+            "planned ms": round(statistics.median(times[False]) * 1e3, 3),
+            "late ms": round(statistics.median(times[True]) * 1e3, 3),
+            "ratio": round(statistics.median(ratios), 3),
+            "ratios": [round(ratio, 3) for ratio in ratios],
+        }
+    planner.late_masks = runner.info.late_masks
+    set_jump(llm, True)
+    return result
+
+
 def set_jump(llm: LLM, on: bool) -> None:
     scheduler = llm._assembly.engine._scheduler
     scheduler.limits = replace(scheduler.limits, jump_forward=on)
@@ -235,16 +267,18 @@ def validity(llm: LLM, num_outputs: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--parts", default="compile,overhead,jump,valid")
+    parser.add_argument("--parts", default="compile,overhead,late,jump,valid")
     parser.add_argument("--outputs", type=int, default=1000)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--speculation", default="off", help="the method of --speculative-config")
+    parser.add_argument("--num-threads", type=int, default=None, help="compute threads; default: one per CPU")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     result: dict[str, Any] = {
         "benchmark": "structured",
         "model": arguments.model,
         "speculation": arguments.speculation,
+        "num_threads": arguments.num_threads,
     }
     speculation = json.dumps({"method": arguments.speculation})
     with LLM(
@@ -253,12 +287,15 @@ def main() -> None:
         max_num_seqs=32,
         enable_prefix_caching=False,
         speculative_config=speculation,
+        num_threads=arguments.num_threads,
     ) as llm:
         if "compile" in parts:
             result["compile"] = compile_times(llm)
         if "overhead" in parts:
             result["masks"] = mask_times(llm)
             result["overhead"] = overhead(llm, arguments.repeat)
+        if "late" in parts:
+            result["late_masks"] = late(llm, arguments.repeat)
         if "jump" in parts:
             result["jump_forward"] = jump(llm, arguments.repeat)
         if "valid" in parts:

@@ -95,14 +95,14 @@ void matmul(Program& program, const Weight& weight, int in, int out, const std::
   program.matmul(weight.matrix.weight(), in, out, bias ? copy_of(*bias) : std::vector<float>(), accumulate);
 }
 
-// Program::step or Program::check over numpy arrays; the last seven are flat
+// Program::step or Program::check over numpy arrays; from the penalties on they are flat
 // lists that the row records index.
 template <void (Program::*Run)(const StepInputs&)>
 void with_inputs(Program& program, const Vector<int32_t>& tokens, const Vector<int32_t>& entry_starts,
                  const Vector<int32_t>& entry_positions, const std::vector<Table>& tables, const Bytes& rows,
                  const Vector<int32_t>& penalty_ids, const Vector<int32_t>& penalty_counts, const Vector<int32_t>& bias_ids,
                  const Vector<float>& bias_values, const Vector<int32_t>& banned, const Vector<int32_t>& allowed,
-                 const Vector<uint32_t>& masks, const std::optional<LogitsArray>& logits) {
+                 const Vector<uint32_t>& masks, const std::optional<LogitsArray>& logits, Gate* masks_ready) {
   if (rows.size() > 0 && rows.shape(1) != sizeof(RowRecord)) throw std::invalid_argument("rows: records of another layout");
   if (reinterpret_cast<uintptr_t>(rows.data()) % alignof(RowRecord) != 0) throw std::invalid_argument("rows: misaligned");
   if (logits && (logits->shape(0) < rows.shape(0) || logits->shape(1) != static_cast<size_t>(program.limits().vocab)))
@@ -125,6 +125,7 @@ void with_inputs(Program& program, const Vector<int32_t>& tokens, const Vector<i
   inputs.banned = span_of(banned);
   inputs.allowed = span_of(allowed);
   inputs.masks = span_of(masks);
+  inputs.masks_ready = masks_ready;
   inputs.logits = logits ? logits->data() : nullptr;
   const ReleasedGil released;
   (program.*Run)(inputs);
@@ -256,6 +257,10 @@ void bind_program(nb::module_& m) {
            "(stages that every member of the team ran once, size of the last team).")
       .def("set_patient", &ThreadPool::set_patient, "on"_a);
 
+  nb::class_<Gate>(m, "Gate", "Shut until it is opened; a step waits at it for `patience_s` at most.")
+      .def(nb::init<double>(), "patience_s"_a)
+      .def("open", &Gate::open);
+
   nb::class_<Program>(m, "Program",
                       "A lowered model. Slots, KV groups, layers and rope "
                       "tables are numbered from 0.")
@@ -312,11 +317,13 @@ void bind_program(nb::module_& m) {
       .def_prop_ro("shortlist_bytes", &Program::shortlist_bytes)
       .def("step", &with_inputs<&Program::step>, "tokens"_a, "entry_starts"_a, "entry_positions"_a, "tables"_a, "rows"_a, "penalty_ids"_a,
            "penalty_counts"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "masks"_a, "logits"_a.noconvert() = nb::none(),
+           "masks_ready"_a = nb::none(),
            "Runs one step without the GIL. Raises ValueError on inputs out of "
-           "bounds, before anything is computed.")
+           "bounds, before anything is computed. With a gate, `masks` are read when it is open; they may be out of "
+           "bounds then, and RuntimeError says that it stayed shut.")
       .def("check", &with_inputs<&Program::check>, "tokens"_a, "entry_starts"_a, "entry_positions"_a, "tables"_a, "rows"_a, "penalty_ids"_a,
            "penalty_counts"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "allowed"_a, "masks"_a, "logits"_a.noconvert() = nb::none(),
-           "Raises what step would raise, and computes nothing.")
+           "masks_ready"_a = nb::none(), "Raises what step would raise, and computes nothing.")
       .def_prop_ro("outputs", &outputs,
                    "uint8 [max_rows, ROW_OUTPUT_BYTES]: records of the last "
                    "step's rows; rewritten by the next.")

@@ -125,20 +125,34 @@ void Batch::check_rows(const StepInputs& inputs) const {
     check_range(row.bias_begin, row.bias_end, inputs.bias_ids.size(), "biases", number);
     check_range(row.banned_begin, row.banned_end, inputs.banned.size(), "banned tokens", number);
     if (row.allowed_end != -1) check_range(row.allowed_begin, row.allowed_end, inputs.allowed.size(), "allowed tokens", number);
-    if (row.mask_end != -1) check_mask(inputs, row, number);
+    if (row.mask_end != -1) check_mask_size(inputs, row, number);
   }
+  if (inputs.masks_ready == nullptr) check_masks(inputs);
 }
 
-// A mask covers the vocabulary and allows some of it.
-void Batch::check_mask(const StepInputs& inputs, const RowRecord& row, int number) const {
+// A mask covers the vocabulary ...
+void Batch::check_mask_size(const StepInputs& inputs, const RowRecord& row, int number) const {
   check_range(row.mask_begin, row.mask_end, inputs.masks.size(), "mask words", number);
   if (row.mask_end - row.mask_begin != round_up(limits_.vocab, 32) / 32)
     refuse("row " + std::to_string(number) + ": a mask of another vocabulary");
-  const auto words = inputs.masks.subspan(index(row.mask_begin), index(row.mask_end - row.mask_begin));
-  const uint32_t last = words.back() & (limits_.vocab % 32 == 0 ? ~0u : (1u << limits_.vocab % 32) - 1);
-  const auto is_set = [](uint32_t word) { return word != 0; };
-  if (last == 0 && std::none_of(words.begin(), words.end() - 1, is_set))
-    refuse("row " + std::to_string(number) + ": its mask allows no token");
+}
+
+// ... and allows some of it.
+void Batch::check_masks(const StepInputs& inputs) const {
+  for (size_t r = 0; r < inputs.rows.size(); ++r) {
+    const RowRecord& row = inputs.rows[r];
+    if (row.mask_end == -1) continue;
+    const auto words = inputs.masks.subspan(index(row.mask_begin), index(row.mask_end - row.mask_begin));
+    const uint32_t last = words.back() & (limits_.vocab % 32 == 0 ? ~0u : (1u << limits_.vocab % 32) - 1);
+    const auto is_set = [](uint32_t word) { return word != 0; };
+    if (last == 0 && std::none_of(words.begin(), words.end() - 1, is_set))
+      refuse("row " + std::to_string(r) + ": its mask allows no token");
+  }
+}
+
+void Batch::take_late_masks() const {
+  if (!inputs_->masks_ready->pass()) throw std::runtime_error("the masks of a step did not come");
+  check_masks(*inputs_);
 }
 
 }  // namespace setpoint

@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "core/gate.h"
 #include "core/memory.h"
 #include "program/kv_cache.h"
 
@@ -39,7 +40,8 @@ struct StepInputs {
   std::span<const int32_t> penalty_ids, penalty_counts, bias_ids, banned, allowed;
   std::span<const uint32_t> masks;
   std::span<const float> bias_values;
-  float* logits = nullptr;  // [rows][vocab] or null: a copy of the raw logits
+  Gate* masks_ready = nullptr;  // null: the masks are there; else they are when it opens, and are not read before
+  float* logits = nullptr;      // [rows][vocab] or null: a copy of the raw logits
 };
 
 struct Limits {
@@ -69,7 +71,11 @@ class Batch {
   // the entry or row, and leaves the batch unusable until the next load.
   void load(const StepInputs& inputs);
 
+  // Waits for masks that come late, then checks them too. Throws std::runtime_error when they do not come.
+  void take_late_masks() const;
+
   const StepInputs& inputs() const { return *inputs_; }
+  bool has_late_masks() const { return inputs_->masks_ready != nullptr; }
   int num_tokens() const { return static_cast<int>(inputs_->tokens.size()); }
   int num_rows() const { return static_cast<int>(inputs_->rows.size()); }
   std::span<const Entry> entries() const { return {entries_.data(), entries_.size()}; }
@@ -87,7 +93,8 @@ class Batch {
   void load_entries(const StepInputs& inputs);
   void load_tables(const StepInputs& inputs);
   void check_rows(const StepInputs& inputs) const;
-  void check_mask(const StepInputs& inputs, const RowRecord& row, int number) const;
+  void check_mask_size(const StepInputs& inputs, const RowRecord& row, int number) const;
+  void check_masks(const StepInputs& inputs) const;
 
   const Limits limits_;
   const std::vector<KvGroup> groups_;

@@ -48,10 +48,14 @@ int HeadStage::chunk_end(const Step& step, int chunk) const { return std::min(st
 void HeadStage::prepare(const Step& step) {
   for (int chunk = 0; chunk * chunk_rows_ < step.batch.num_rows(); ++chunk) {
     schedules_[static_cast<size_t>(chunk)].reset(chunk_end(step, chunk) - chunk * chunk_rows_, weight_.panels(), step.pool.size());
-    note_allowed(step, chunk);
   }
+  if (!step.batch.has_late_masks()) prepare_masks(step);
   if (greedy_) greedy_->prepare();
   if (collecting_) collected_.resize(static_cast<size_t>(step.batch.num_rows()) * static_cast<size_t>(weight_.k));
+}
+
+void HeadStage::prepare_masks(const Step& step) {
+  for (int chunk = 0; chunk * chunk_rows_ < step.batch.num_rows(); ++chunk) note_allowed(step, chunk);
 }
 
 // What the masks of a chunk's rows allow together, where every row has one and needs no other logits.
@@ -72,10 +76,9 @@ void HeadStage::note_allowed(const Step& step, int chunk) {
 }
 
 // The rows' only question is which token is the most likely.
-bool HeadStage::wants_best_alone(const Step& step, int chunk) const {
+bool HeadStage::wants_best_of_all(const Step& step, int chunk) const {
   const StepInputs& inputs = step.batch.inputs();
-  if (is_sparse(chunk) || !greedy_ || inputs.logits != nullptr || !greedy_->covers(chunk_end(step, chunk) - chunk * chunk_rows_))
-    return false;
+  if (!greedy_ || inputs.logits != nullptr || !greedy_->covers(chunk_end(step, chunk) - chunk * chunk_rows_)) return false;
   const auto plain = [](const RowRecord& row) {
     return row.temperature <= 0.f && row.target < 0 && row.num_logprobs < 0 && row.penalty_begin == row.penalty_end &&
            row.bias_begin == row.bias_end && row.banned_begin == row.banned_end && row.allowed_end < 0;
@@ -123,8 +126,8 @@ void HeadStage::run(const Step& step, int thread) {
 std::span<const uint8_t> HeadStage::first_reads(const Step& step, int thread) const {
   if (step.batch.num_rows() == 0) return {};
   const int panel = schedules_[0].first_panel(thread, step.pool.team());
-  if (panel < 0 || is_sparse(0)) return {};
-  if (!wants_best_alone(step, 0)) return stored_from(weight_, panel);
+  if (panel < 0 || (!step.batch.has_late_masks() && is_sparse(0))) return {};  // late masks may be under way just now
+  if (!wants_best_of_all(step, 0)) return stored_from(weight_, panel);
   return stored_from(greedy_->first_weight(weight_, chunk_end(step, 0)), panel);
 }
 

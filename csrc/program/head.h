@@ -34,6 +34,8 @@ class HeadStage : public Stage {
 
   StageKind kind() const override { return StageKind::head; }
   void prepare(const Step& step) override;
+  // The rest of it for masks that come late: by one thread, before this stage runs.
+  void prepare_masks(const Step& step);
   void run(const Step& step, int thread) override;
   std::span<const uint8_t> first_reads(const Step& step, int thread) const override;
 
@@ -57,7 +59,8 @@ class HeadStage : public Stage {
     const int first = chunk * chunk_rows_;
     return {chunk_end(step, chunk) - first, weight_, coarse_, fine_, logits_, step.batch.inputs(), first};
   }
-  bool wants_best_alone(const Step& step, int chunk) const;
+  bool wants_best_alone(const Step& step, int chunk) const { return !is_sparse(chunk) && wants_best_of_all(step, chunk); }
+  bool wants_best_of_all(const Step& step, int chunk) const;
   void note_allowed(const Step& step, int chunk);
   bool is_sparse(int chunk) const { return sparse_[static_cast<size_t>(chunk)] != 0; }
   bool is_allowed(int chunk, int panel) const {

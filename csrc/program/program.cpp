@@ -186,6 +186,7 @@ void Program::select_rows(int in, int out) {
 void Program::head(int in, std::vector<float> norm_weight, float eps, const PackedWeight& weight) {
   building();
   require(weight.k == width(in), "head: the weight does not fit the slot");
+  require(!stages_.empty(), "head: nothing computes its input");
   auto stage =
       std::make_unique<HeadStage>(in, wanted_, HeadStage::Norm{std::move(norm_weight), eps}, weight, limits_, pool_.size(), kernels_.isa);
   allocate_slots();
@@ -229,6 +230,10 @@ void Program::run_stages(const Step& step) {
     const size_t i = static_cast<size_t>(index);
     if (profiling_ && thread == 0 && i > 0) account(i - 1);
     stages_[i]->run(step, thread);
+    if (thread == 0 && i + 2 == stages_.size() && step.batch.has_late_masks()) {  // the others wait for it all the same
+      step.batch.take_late_masks();
+      head_->prepare_masks(step);
+    }
     ReadAhead& ahead = read_ahead_[static_cast<size_t>(thread)];
     if (i + 1 < stages_.size()) ahead.aim(stages_[next_weights_[i]]->first_reads(step, thread));
     ahead.fetch(kFetchedBefore, kFetchedBefore);

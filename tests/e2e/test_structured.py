@@ -148,6 +148,35 @@ def test_company_changes_nothing(llm: LLM) -> None:
         assert [completion.token_ids for completion in output.outputs] == tokens_of(llm, params, prompt)
 
 
+@pytest.mark.parametrize("jump", [True, False])
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_masks_computed_while_the_model_runs_change_nothing(llm: LLM, jump: bool, logprobs: int | None) -> None:
+    scheduler = scheduler_of(llm)
+    params = [
+        SamplingParams(
+            structured_outputs=fields,
+            temperature=temperature,
+            n=1 + seed % 2,
+            seed=seed,
+            max_tokens=60,
+            logprobs=logprobs,
+        )
+        for seed, fields in enumerate([*CASES.values(), None])
+        for temperature in (0.0, 1.0)
+        if temperature or seed % 2 == 0
+    ]
+    planner, limits, outputs = scheduler._planner, scheduler.limits, []
+    scheduler.limits = replace(limits, jump_forward=jump)
+    try:
+        for planner.late_masks in (False, True):
+            found = llm.generate([PROMPT] * len(params), params)
+            outputs.append([completion for output in found for completion in output.outputs])
+    finally:
+        planner.late_masks = llm._assembly.engine._runner.info.late_masks
+        scheduler.limits = limits
+    assert outputs[0] == outputs[1]
+
+
 def repeat(token_ids: list[int], max_drafts: int) -> list[int]:
     """Drafts what followed the last token before, or something silly."""
     for begin in range(len(token_ids) - 2, -1, -1):
@@ -156,7 +185,8 @@ def repeat(token_ids: list[int], max_drafts: int) -> list[int]:
     return [5, 6, 7][:max_drafts]
 
 
-def test_chunks_drafts_and_preemption_change_nothing(llm: LLM) -> None:
+@pytest.mark.parametrize("late_masks", [False, True])
+def test_chunks_drafts_and_preemption_change_nothing(llm: LLM, late_masks: bool) -> None:
     """A scheduler of our own around the real runner, few blocks, small steps, and drafts that are sometimes right."""
     assembly = llm._assembly
     params = [
@@ -171,7 +201,8 @@ def test_chunks_drafts_and_preemption_change_nothing(llm: LLM) -> None:
         SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=7, max_drafts=3),
         SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=64, max_drafts=2, jump_forward=False),
     ):
-        scheduler = Scheduler(runner.info, limits, seed=0, speculator=AlwaysDraft(repeat))
+        info = replace(runner.info, late_masks=late_masks)
+        scheduler = Scheduler(info, limits, seed=0, speculator=AlwaysDraft(repeat))
         for number, one in enumerate(params):
             grammar = assembly.grammars.compile(StructuredOutputs.of(one.structured_outputs))
             scheduler.add(

@@ -60,6 +60,8 @@ class Committer:
     def _commit_entry(self, seq: Sequence, entry: PlanEntry, computed: EntryResult, now: float, jump: bool) -> None:
         if computed.error is not None:
             raise computed.error
+        if entry.late_masks is not None and entry.late_masks.error is not None:
+            raise entry.late_masks.error
         if self._roster.faults is not None:
             self._roster.inject("commit", seq)
         outcome = take_rows(seq, entry, computed.rows, self._vocab_size, jump=jump)

@@ -3,15 +3,19 @@
 A plan is all that a backend sees. It knows nothing of requests, prompts, phases or text; the scheduler knows
 nothing of tensors. Block ids index the pool of one KV group; a block holds `block_size` consecutive tokens.
 
-Nobody changes a plan or a result. The records made for every token of a step do not say `frozen` all the same: that
-would make them three times as slow to build, and a step of 32 sequences 1.6 times as slow to plan and commit.
+Nobody changes a plan or a result, but for masks that come late. The records made for every token of a step do not say
+`frozen` all the same: that would make them three times as slow to build, and a step of 32 sequences 1.6 times as slow
+to plan and commit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from setpoint.engine.late_masks import LateMasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class RunnerInfo:
     max_model_len: int
     kv_groups: tuple[KVGroup, ...]
     block_size: int = 16
+    late_masks: bool = False  # it leaves a CPU idle: masks may be computed beside a step (`PlanEntry.late_masks`)
 
 
 @dataclass(slots=True)
@@ -83,6 +88,9 @@ class PlanEntry:
     block_tables: tuple[Sequence[int], ...]  # per KV group: logical block -> block id, -1 where out of the window
     rows: Sequence[LogitsRow] = ()  # ascending offsets
     num_drafts: int = 0
+    late_masks: LateMasks | None = (
+        None  # to be computed before anything is drawn; sets masks, or says why there are none
+    )
 
 
 @dataclass(slots=True)

@@ -55,6 +55,7 @@ class Planner:
         self._drafting = drafting
         self._counters = counters
         self._events = events
+        self.late_masks = False  # those of grammars are computed while the model runs, not here
         self.blocked: tuple[int, int, tuple[int, ...]] | None = None  # see _may_retry
 
     def plan(self, limits: SchedulerLimits, now: float) -> StepPlan:
@@ -138,10 +139,10 @@ class Planner:
             self._roster.inject("prepare", seq)
         start = seq.num_computed
         drafts = seq.drafts[: max(0, num_new - (len(seq.token_ids) - start))] if seq.drafts else []
-        rows, num_drafts = build_rows(seq, num_new, drafts)
+        rows, num_drafts, masks = build_rows(seq, num_new, drafts, late=self.late_masks)
         drafts = drafts[:num_drafts]
         tokens = seq.token_ids[start : start + num_new] + drafts
-        step.add(PlanEntry(seq.seq_id, tokens, start, seq.block_tables, rows, len(drafts)))
+        step.add(PlanEntry(seq.seq_id, tokens, start, seq.block_tables, rows, len(drafts), masks))
 
     # --- waiting sequences ---------------------------------------------------------------------------------------
 

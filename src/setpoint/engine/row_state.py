@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from setpoint.engine.constraint import Constraint, Grammar, admissible
+from setpoint.engine.late_masks import LateMasks
 from setpoint.engine.plan import RowSampling
 from setpoint.engine.sampling import SamplingParams
 from setpoint.errors import RequestError
@@ -92,16 +94,34 @@ class RowState:
                 constraint.rollback(num_taken)
         return rows
 
-    def row(self, token_ids: Sequence[int], num_prompt: int, guesses: Sequence[int] = ()) -> RowSampling:
+    def late_rows(
+        self, token_ids: Sequence[int], num_prompt: int, drafts: Sequence[int]
+    ) -> tuple[list[RowSampling], LateMasks]:
+        """As `rows` of a sequence with a constraint, with masks that are yet to be computed."""
+        constraint = self.constraint
+        assert constraint is not None
+        if drafts:
+            drafts = drafts[: admissible(constraint, drafts)]
+        rows = [self.row(token_ids, num_prompt, is_late=True)]
+        try:
+            for count in range(1, len(drafts) + 1):
+                rows.append(self.row(token_ids, num_prompt, drafts[:count], is_late=True))
+        except RequestError:  # it concerns a text that may never be: the draft is not tried
+            pass
+        return rows, LateMasks(constraint, partial(self._mask, constraint), rows, drafts)
+
+    def row(
+        self, token_ids: Sequence[int], num_prompt: int, guesses: Sequence[int] = (), *, is_late: bool = False
+    ) -> RowSampling:
         """How to draw the token after `token_ids` and then `guesses` (drafts taken as if they were accepted).
 
-        A constraint must have taken all of them.
+        A constraint must have taken all of them, but for a mask that comes late.
         """
         params = self._params
         num_output = len(token_ids) - num_prompt + len(guesses)
         bans = self._bad_words or num_output < params.min_tokens
         banned = self._banned(token_ids, num_prompt, guesses, num_output) if bans else ()
-        mask = None if self.constraint is None else self._mask(self.constraint, banned)
+        mask = None if self.constraint is None or is_late else self._mask(self.constraint, banned)
         # Live lists, but with guesses: a plan is executed before the next append.
         ids, counts = self._penalties(guesses) if guesses else (self._ids, self._counts)
         return RowSampling(  # without the fields' names, which take twice as long as all the rest of it

@@ -6,6 +6,7 @@ from collections import abc
 from dataclasses import dataclass
 
 from setpoint.engine.events import FinishReason, TokenLogprob
+from setpoint.engine.late_masks import LateMasks
 from setpoint.engine.plan import LogitsRow, PlanEntry, RowResult
 from setpoint.engine.sequence import Sequence
 from setpoint.errors import EngineError
@@ -24,29 +25,39 @@ class Outcome:
     error: Exception | None = None
 
 
-def build_rows(seq: Sequence, num_new: int, drafts: list[int]) -> tuple[tuple[LogitsRow, ...], int]:
+Rows = tuple[LogitsRow, ...]
+
+
+def build_rows(
+    seq: Sequence, num_new: int, drafts: list[int], *, late: bool = False
+) -> tuple[Rows, int, LateMasks | None]:
     """Rows for the next `num_new` tokens, of which the last are `drafts`; and how many of the drafts are worth a try.
 
     Prompt tokens not scored yet are scored; where the entry reaches the end of the known tokens, one token is drawn
-    there and one after each draft, as if the drafts before it were accepted.
+    there and one after each draft, as if the drafts before it were accepted. With `late`, masks are yet to be computed.
     """
     start, params, scored = seq.num_computed, seq.params, seq.prompt_logprobs
     first = len(seq.token_ids) - 1 - start
-    if not drafts and scored is None:  # nearly every entry
+    late = late and seq.row_state.constraint is not None
+    if not drafts and scored is None and not late:  # nearly every entry
         if num_new <= first:
-            return (), 0
+            return (), 0, None
         sampling = seq.row_state.row(seq.token_ids, seq.num_prompt)
-        return (LogitsRow(first, sampling, None, params.logprobs),), 0
+        return (LogitsRow(first, sampling, None, params.logprobs),), 0, None
     rows: list[LogitsRow] = []
     if scored is not None and len(scored) < seq.num_prompt:
         for position in range(max(start, len(scored) - 1), min(start + num_new, seq.num_prompt - 1)):
             target = seq.token_ids[position + 1]
             rows.append(LogitsRow(position - start, target=target, num_logprobs=params.prompt_logprobs))
     if num_new <= first:
-        return tuple(rows), 0
-    draws = seq.row_state.rows(seq.token_ids, seq.num_prompt, drafts)
+        return tuple(rows), 0, None
+    masks: LateMasks | None = None
+    if late:
+        draws, masks = seq.row_state.late_rows(seq.token_ids, seq.num_prompt, drafts)
+    else:
+        draws = seq.row_state.rows(seq.token_ids, seq.num_prompt, drafts)
     rows += [LogitsRow(first + count, sampling, None, params.logprobs) for count, sampling in enumerate(draws)]
-    return tuple(rows), len(draws) - 1
+    return tuple(rows), len(draws) - 1, masks
 
 
 def take_rows(
@@ -61,6 +72,8 @@ def take_rows(
         raise EngineError("the runner returned a wrong number of rows")
     num_known = len(entry.token_ids) - entry.num_drafts
     guesses = entry.token_ids[num_known:] if entry.num_drafts else ()
+    if entry.late_masks is not None:
+        guesses = guesses[: entry.late_masks.num_usable - 1]
     drawn: list[int] = []
     logprobs: list[TokenLogprob] = []
     finish: tuple[FinishReason, int | None] | None = None

@@ -68,6 +68,7 @@ class Scheduler:
         self._events: list[Event] = []  # of the step under way
         parts = self.kv, roster, self._moves, self._drafting, self.counters, self._events
         self._planner = Planner(*parts)
+        self._planner.late_masks = info.late_masks
         self._committer = Committer(*parts, info.vocab_size)
         self._planned_at = 0.0
 

@@ -8,6 +8,7 @@ table, a block freed too early or a stale prefix hit therefore changes the outpu
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class FakeRunner:
         for restore in plan.restores:
             self._restore(restore.group, restore.block, restore.payload)
         self._check_writes(plan)
+        _compute_masks(plan)
         return StepResult(tuple(EntryResult(self._execute_entry(entry)) for entry in plan.entries), saved)
 
     def close(self) -> None:
@@ -200,6 +202,20 @@ class FakeRunner:
         else:
             token = _draw(state, row.sampling, self.info.vocab_size)
         return _scored(token, state, row.num_logprobs, self.info.vocab_size)
+
+
+def _compute_masks(plan: StepPlan) -> None:
+    """Late masks are computed as the real runner does it: in another thread, before anything is drawn."""
+    late = [entry.late_masks for entry in plan.entries if entry.late_masks is not None]
+
+    def compute() -> None:
+        for masks in late:
+            masks.compute()
+
+    if late:
+        thread = threading.Thread(target=compute)
+        thread.start()
+        thread.join()
 
 
 def _draw(state: int, sampling: RowSampling | None, vocab_size: int) -> int:

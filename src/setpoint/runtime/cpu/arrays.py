@@ -35,42 +35,53 @@ if (ROW_RECORD.itemsize, ROW_OUTPUT.itemsize) != (_native.ROW_RECORD_BYTES, _nat
 
 GREEDY = RowSampling(temperature=0.0)
 _PACK_ROW = struct.Struct("=Qq6f14i").pack  # ROW_RECORD, several times as fast as numpy makes one from a tuple
-_NO_RECORDS, _NO_IDS, _NO_VALUES = np.empty(0, np.uint8), np.empty(0, np.int32), np.empty(0, np.float32)
 _NO_MASKS = np.empty(0, np.uint32)
+_NO_RECORDS, _NO_IDS, _NO_VALUES = np.empty(0, np.uint8), np.empty(0, np.int32), np.empty(0, np.float32)
 
 
 class StepArrays:
     """Buffers that live as long as the runner. `load` raises ValueError, TypeError or OverflowError on odd values."""
 
-    def __init__(self, num_groups: int, max_entries: int, max_model_len: int, block_size: int) -> None:
+    def __init__(
+        self, num_groups: int, max_entries: int, max_model_len: int, block_size: int, mask_bytes: int = 0
+    ) -> None:
         self._block_size = block_size
+        self._mask_bytes = mask_bytes
         width = -(-max_model_len // block_size)
         self._tables = [np.zeros((max_entries, width), np.int32) for _ in range(num_groups)]
         self.num_rows = 0
         self.arguments: tuple[Any, ...] = ()  # of Program.step
+        self.mask_places: list[
+            tuple[int, RowSampling]
+        ] = []  # bytes of `mask_buffer` where late masks belong, and whose
+        self.mask_buffer = memoryview(b"")
 
     def load(self, entries: Sequence[PlanEntry], logits: NDArray[np.float32] | None = None) -> None:
         """`logits` [rows, vocab] receives the raw logits."""
         tokens: list[int] = []
         starts = [0]
-        rows = _Rows()
+        rows = _Rows(self._mask_bytes)
         if len(entries) > len(self._tables[0]):
             raise ValueError("more entries than max_num_seqs")
         for index, entry in enumerate(entries):
+            is_late = entry.late_masks is not None and not entry.late_masks.is_done
             for row in entry.rows:
                 if not 0 <= row.offset < len(entry.token_ids):
                     raise ValueError(f"entry {index}: row offset {row.offset} outside its tokens")
-                rows.append(starts[-1] + row.offset, row)
+                rows.append(starts[-1] + row.offset, row, is_late)
             tokens += entry.token_ids
             starts.append(len(tokens))
             self._load_tables(index, entry)
         self.num_rows = len(rows.records)
+        masks = rows.mask_bytes()
+        self.mask_places, self.mask_buffer = rows.late_masks, memoryview(masks)
         self.arguments = (
             np.array(tokens, np.int32),
             np.array(starts, np.int32),
             np.array([entry.start for entry in entries], np.int32),
             self._tables,
             *rows.arrays(),
+            np.frombuffer(masks, np.uint32) if masks else _NO_MASKS,
             logits,
         )
 
@@ -85,7 +96,8 @@ class StepArrays:
 class _Rows:
     """Row records and the flat lists that they index."""
 
-    def __init__(self) -> None:
+    def __init__(self, mask_bytes: int) -> None:
+        self._all_allowed = b"\xff" * mask_bytes
         self.records: list[bytes] = []
         self.penalty_ids: list[int] = []
         self.penalty_counts: list[int] = []
@@ -95,8 +107,9 @@ class _Rows:
         self.allowed: list[int] = []
         self.masks: list[bytes] = []
         self.mask_words = 0
+        self.late_masks: list[tuple[int, RowSampling]] = []
 
-    def append(self, token: int, row: LogitsRow) -> None:
+    def append(self, token: int, row: LogitsRow, is_late: bool) -> None:
         sampling = row.sampling or GREEDY
         begins = len(self.penalty_ids), len(self.bias_ids), len(self.banned), len(self.allowed)
         self.penalty_ids += sampling.penalty_ids
@@ -107,9 +120,13 @@ class _Rows:
         if sampling.allowed_ids is not None:
             self.allowed += sampling.allowed_ids
         mask_begin = self.mask_words
-        if sampling.mask is not None:
-            self.masks.append(sampling.mask)
-            self.mask_words += len(sampling.mask) // 4
+        mask = sampling.mask
+        if is_late and row.sampling is not None:
+            mask = self._all_allowed
+            self.late_masks.append((4 * mask_begin, row.sampling))
+        if mask is not None:
+            self.masks.append(mask)
+            self.mask_words += len(mask) // 4
         try:
             record = _PACK_ROW(
                 sampling.seed,
@@ -133,7 +150,7 @@ class _Rows:
                 begins[3],
                 -1 if sampling.allowed_ids is None else len(self.allowed),
                 mask_begin,
-                -1 if sampling.mask is None else self.mask_words,
+                -1 if mask is None else self.mask_words,
             )
         except struct.error as error:
             raise ValueError(f"a number of a row is out of range: {error}") from None
@@ -149,8 +166,12 @@ class _Rows:
             np.array(self.bias_values, np.float32) if self.bias_values else _NO_VALUES,
             _ids(self.banned),
             _ids(self.allowed),
-            np.frombuffer(b"".join(self.masks), np.uint32) if self.masks else _NO_MASKS,
         )
+
+    def mask_bytes(self) -> bytes | bytearray:
+        """Not to be changed but where masks come late."""
+        joined = b"".join(self.masks)
+        return bytearray(joined) if self.late_masks else joined
 
 
 def _ids(values: list[int]) -> NDArray[np.int32]:

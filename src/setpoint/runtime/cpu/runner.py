@@ -24,6 +24,7 @@ from setpoint.models.spec import Model
 from setpoint.runtime.cpu.arrays import ROW_OUTPUT, StepArrays
 from setpoint.runtime.cpu.kv_layout import BLOCK_TOKENS, divide, group_shapes, kv_fingerprint
 from setpoint.runtime.cpu.lower import ProgramOptions, lower
+from setpoint.runtime.cpu.mask_thread import PATIENCE_S, MaskJob, MaskThread
 from setpoint.runtime.cpu.weight_cache import WeightCache
 from setpoint.runtime.cpu.weight_loading import WeightLoading
 
@@ -67,10 +68,13 @@ class CpuRunner:
         lowered = lower(model, checkpoint, groups, options)
         self.program = lowered.program
         self.isa: str = lowered.program.isa
-        self._info = RunnerInfo(model.vocab_size, max_model_len, groups, BLOCK_TOKENS)
+        leaves_a_cpu = num_threads < _native.num_cpus()
+        self._info = RunnerInfo(model.vocab_size, max_model_len, groups, BLOCK_TOKENS, late_masks=leaves_a_cpu)
+        self._mask_bytes = -(-model.vocab_size // 32) * 4
+        self._mask_thread = MaskThread()
         self._identity = partial(fingerprint, model, checkpoint, dtype, kv_dtype)
         try:
-            self._arrays = StepArrays(len(groups), max_num_seqs, max_model_len, BLOCK_TOKENS)
+            self._arrays = StepArrays(len(groups), max_num_seqs, max_model_len, BLOCK_TOKENS, self._mask_bytes)
         except MemoryError as error:
             raise ConfigError(
                 "not enough memory for the block tables; lower --max-num-seqs or --max-model-len"
@@ -149,6 +153,7 @@ class CpuRunner:
     def close(self) -> None:
         """Ends the threads and frees weights and cache."""
         self.loading.close()
+        self._mask_thread.close()
         del self.program, self._outputs, self._tokens, self._finite
 
     def _ensure_loaded(self) -> None:
@@ -157,8 +162,18 @@ class CpuRunner:
 
     def _run(self, entries: Sequence[PlanEntry], logits: NDArray[np.float32] | None = None) -> None:
         self._ensure_loaded()
-        self._arrays.load(entries, logits)
-        self.program.step(*self._arrays.arguments)
+        arrays = self._arrays
+        arrays.load(entries, logits)
+        if not arrays.mask_places:
+            self.program.step(*arrays.arguments)
+            return
+        late = [entry.late_masks for entry in entries if entry.late_masks is not None]
+        gate = _native.Gate(PATIENCE_S)
+        self._mask_thread.begin(MaskJob(late, arrays.mask_places, arrays.mask_buffer, self._mask_bytes, gate))
+        try:
+            self.program.step(*(*arrays.arguments, gate))
+        finally:
+            self._mask_thread.end()
 
     def _execute_sound(self, plan: StepPlan, error: Exception) -> StepResult:
         """The slow way around malformed entries: each is checked alone, the sound ones run."""
