@@ -72,11 +72,18 @@ def test_what_cannot_be_honoured_is_refused(grammars: GrammarCompiler, fields: d
         assert len(str(caught.value)) < 400
 
 
+def many_tags(content: dict[str, Any]) -> dict[str, Any]:
+    tags = [{"begin": f"<{number}>", "content": content, "end": "</>"} for number in range(128)]
+    return {"format": {"type": "triggered_tags", "triggers": ["<"], "tags": tags}}
+
+
 BOMBS: list[dict[str, Any]] = [
     {"regex": "((((a{1,999}){1,999}){1,999}){1,999}){1,999}"},
     {"regex": "(a{1,1000000})"},
     {"regex": "(a|b)*a(a|b){500}(a|b){500}(a|b){500}"},
     {"json": exploding_any_of()},
+    {"structural_tag": many_tags({"type": "regex", "pattern": "(a|b)*a(a|b){500}(a|b){500}"})},
+    {"structural_tag": many_tags({"type": "json_schema", "json_schema": {"type": "array", "minItems": 10**9}})},
     {"json": {"type": "array", "minItems": 10**9, "items": {"type": "integer"}}},
     {"grammar": 'start: r0\nr300: "a"\n' + "\n".join(f"r{i}: r{i + 1} r{i + 1}" for i in range(300))},
 ]

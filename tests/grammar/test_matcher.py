@@ -55,7 +55,7 @@ CASES: list[dict[str, Any]] = [
     {"json_object": True},
     {"regex": "(hello|help)( the)* [0-9]{2,3}"},
     {"regex": "a*"},
-    {"choice": ["hello", "hell", "the", "é漢🙂", 'a"b\\c\n']},
+    {"choice": ["hello", "hell", "the", "é漢🙂", 'a"b\\c\n', "\x7f\0"]},
     {"grammar": 'start: "(" start ")" | /[a-z]+/'},
     {"grammar": 'root ::= "yes" | "no" tail\ntail ::= [0-9] tail | ""'},
     {"structural_tag": CALLS},
@@ -269,6 +269,49 @@ def test_other_formats() -> None:
     assert ends({"structural_tag": {"format": either}}, "é") is True
     assert ends({"structural_tag": {"format": either}}, '{"na') is False
     assert ends({"structural_tag": {"format": {"type": "any_text"}}}, "whatever\n") is True
+
+
+WORDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
+
+
+@given(trigger=WORDS, more=st.text(max_size=5), value=WORDS, end=WORDS)
+@settings(max_examples=40, deadline=None)
+def test_any_text_can_be_a_tag(trigger: str, more: str, value: str, end: str) -> None:
+    """Whatever the strings hold: quotes, escapes, new lines, what is notation elsewhere."""
+    tag = {"begin": trigger + more, "content": {"type": "const_string", "value": value}, "end": end}
+    for format in (
+        {"type": "triggered_tags", "triggers": [trigger], "tags": [tag], "at_least_one": True},
+        {"type": "tags_with_separator", "tags": [tag], "separator": "", "stop_after_first": True},
+    ):
+        fields = {"structural_tag": {"format": format}}
+        assert ends(fields, trigger + more + value + end) is True
+        assert ends(fields, (trigger + more + value + end)[:-1]) is not True
+
+
+PATTERNS = ["a\\\\", 'a/\nr0: "b"', "a/ | /b", "[/]+", "(?x) a # b\n c", "a\\/b", "\ra", "a/i", "\x7f|\\\n", "[\n]"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_stays_a_pattern(pattern: str) -> None:
+    """It cannot leave its slashes: what matches is what matches it alone, or it is refused."""
+    format = {"type": "regex", "pattern": pattern}
+    try:
+        alone = compiled({"regex": pattern}).start([EOS])
+    except ValueError:
+        with pytest.raises(ValueError, match=r"."):
+            compiled({"structural_tag": {"format": format}})
+        return
+    tagged = compiled({"structural_tag": {"format": format}}).start([EOS])
+    for _ in range(20):
+        assert tagged.is_finished == alone.is_finished
+        if alone.is_finished:
+            break
+        assert allowed(tagged) == allowed(alone)
+        token = next((token for token in allowed(alone) if token < 256), None)
+        if token is None:
+            break
+        alone.advance(token)
+        tagged.advance(token)
 
 
 def test_drafts_are_counted_and_leave_no_trace() -> None:

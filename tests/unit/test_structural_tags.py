@@ -101,6 +101,7 @@ BAD: list[tuple[Any, str, str]] = [
     ({"format": {"type": "sequence", "elements": [FREE, FREE]}}, "format.elements.0", "bad_constraint"),
     ({"format": {"type": "or", "elements": []}}, "format.elements", "out_of_range"),
     ({"format": {"type": "const_string", "value": ""}}, "format.value", "bad_constraint"),
+    ({"format": {"type": "regex", "pattern": "a\\"}}, "format.pattern", "bad_constraint"),
     ({"format": {"type": "regex", "pattern": 5}}, "format.pattern", "malformed"),
     ({"format": {"type": "json_schema", "json_schema": wide(5001)}}, "format.json_schema", "out_of_range"),
     (

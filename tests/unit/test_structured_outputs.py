@@ -79,6 +79,8 @@ def test_what_is_accepted(fields: dict[str, Any], kind: str) -> None:
         ({"regex": ""}, "structured_outputs.regex", "bad_constraint"),
         ({"regex": " \n"}, "structured_outputs.regex", "bad_constraint"),
         ({"regex": "a" * 8193}, "structured_outputs.regex", "out_of_range"),
+        ({"regex": "a\\"}, "structured_outputs.regex", "bad_constraint"),
+        ({"regex": "\\\\\\"}, "structured_outputs.regex", "bad_constraint"),
         ({"regex": ["a"]}, "structured_outputs.regex", "malformed"),
         ({"regex": "\udc00"}, "structured_outputs.regex", "bad_constraint"),
         ({"grammar": ""}, "structured_outputs.grammar", "bad_constraint"),

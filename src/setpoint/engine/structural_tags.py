@@ -52,6 +52,11 @@ def checked_structural_tag(value: Any, fail: Fail) -> str:
     return json.dumps(_Reader(fail).document(document), ensure_ascii=False, separators=(",", ":"))
 
 
+def ends_in_escape(pattern: str) -> bool:
+    """With a backslash that escapes nothing. Not every compiler minds; some drop it."""
+    return (len(pattern) - len(pattern.rstrip("\\"))) % 2 == 1
+
+
 class _Reader:
     def __init__(self, fail: Fail) -> None:
         self._fail = fail
@@ -105,7 +110,10 @@ class _Reader:
 
     def _regex(self, value: Any, path: str, depth: int, place: str) -> dict[str, Any]:
         fields = self._fields(value, path, ("type", "pattern"))
-        return {"pattern": self._text(fields["pattern"], f"{path}.pattern", limit=MAX_STRING_CHARS)}
+        pattern = self._text(fields["pattern"], f"{path}.pattern", limit=MAX_STRING_CHARS)
+        if ends_in_escape(pattern):
+            raise self._fail(f"{path}.pattern", "ends with half of an escape", "bad_constraint")
+        return {"pattern": pattern}
 
     def _json_schema(self, value: Any, path: str, depth: int, place: str) -> dict[str, Any]:
         fields = self._fields(value, path, ("type", "json_schema"))

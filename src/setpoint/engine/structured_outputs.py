@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from setpoint.engine.json_schemas import SchemaError, checked_schema
-from setpoint.engine.structural_tags import checked_structural_tag
+from setpoint.engine.structural_tags import checked_structural_tag, ends_in_escape
 from setpoint.errors import RequestError
 
 MAX_REGEX_CHARS: Final = 8 << 10
@@ -58,6 +58,8 @@ class StructuredOutputs:
                     raise self._error("json", str(error), error.reason) from None
             case "regex":
                 self._check_text("regex", self.regex, MAX_REGEX_CHARS)
+                if ends_in_escape(str(self.regex)):
+                    raise self._error("regex", "ends with half of an escape")
             case "grammar":
                 self._check_text("grammar", self.grammar, MAX_GRAMMAR_CHARS)
             case "choice":

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from setpoint.engine.structured_outputs import StructuredOutputs
+from setpoint.grammar.lark import literal
 from setpoint.grammar.structural_tags import structural_tag_source
 
 MAX_NESTING: Final = 64  # of brackets
@@ -26,7 +27,7 @@ def grammar_source(wanted: StructuredOutputs) -> tuple[str, str]:
             return "json", _schema(wanted, {"type": "object"})
         case "choice":
             # One expression: as alternatives of a rule, a thousand of them would be followed side by side.
-            return "choice", "start: CHOICE\nCHOICE: " + " | ".join(_literal(choice) for choice in wanted.choice or ())
+            return "choice", "start: CHOICE\nCHOICE: " + " | ".join(literal(choice) for choice in wanted.choice or ())
         case "structural_tag":
             tag = json.loads(str(wanted.structural_tag))
             return "structural_tag", structural_tag_source(tag, lambda schema: _schema(wanted, schema))
@@ -60,11 +61,6 @@ def _close(schema: Any) -> None:
             for name, child in node.items():  # the keys of some children are names, not keywords
                 is_map = name in _MAPS and isinstance(child, dict)
                 left += list(child.values()) if is_map else [] if name in _VALUES else [child]
-
-
-def _literal(text: str) -> str:
-    """A string as Lark writes it, which is as JSON does."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _check_nesting(wanted: StructuredOutputs, text: str) -> None:

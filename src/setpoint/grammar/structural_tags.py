@@ -6,13 +6,12 @@ follows it is the rest of a tag. Text at the end of an output may hold the begin
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from setpoint.grammar.lark import expression, literal
+
 _TEXT: Final = r"TEXT: /(.|\n)*/"
-_SLASH: Final = re.compile(r"\\.|/|\n", re.DOTALL)
 
 
 def structural_tag_source(format: dict[str, Any], schema_text: Callable[[dict[str, Any]], str]) -> str:
@@ -34,9 +33,9 @@ class _Rules:
             case "any_text":
                 return "TEXT"
             case "const_string":
-                return _literal(format["value"])
+                return _written(format["value"])
             case "regex":
-                return self._rule(f"/{_SLASH.sub(_in_slashes, format['pattern'])}/")
+                return self._rule(expression(format["pattern"]))
             case "json_schema":
                 return self._rule(f"%json {self._schema_text(format['json_schema'])}")
             case "sequence":
@@ -59,9 +58,9 @@ class _Rules:
         """`begin` is what is still to be written of the tag's beginning."""
         content, end = tag["content"], tag["end"]
         if content["type"] == "any_text" and end:
-            inside = self._rule(f"TEXT {_literal(end)}", "[lazy]")
-            return self._rule(f"{_literal(begin)} {inside}".strip())
-        return self._rule(" ".join(part for part in (_literal(begin), self.format(content), _literal(end)) if part))
+            inside = self._rule(f"TEXT {_written(end)}", "[lazy]")
+            return self._rule(f"{_written(begin)} {inside}".strip())
+        return self._rule(" ".join(part for part in (_written(begin), self.format(content), _written(end)) if part))
 
     def _one_of(self, tags: Sequence[dict[str, Any]], num_written: int = 0) -> str:
         return self._rule(" | ".join(self._tag(tag, tag["begin"][num_written:]) for tag in tags))
@@ -70,13 +69,13 @@ class _Rules:
         tag = self._one_of(format["tags"])
         tags = tag
         if not format.get("stop_after_first"):
-            tags = f"{tag} ({_literal(format['separator'])} {tag})*"
+            tags = f"{tag} ({_written(format['separator'])} {tag})*"
         return self._rule(tags if format.get("at_least_one") else f"({tags})?")
 
     def _triggered(self, format: dict[str, Any]) -> str:
         called = []
         for trigger in format["triggers"]:
-            head = self._rule(f"TEXT {_literal(trigger)}", "[lazy]")
+            head = self._rule(f"TEXT {_written(trigger)}", "[lazy]")
             tags = [tag for tag in format["tags"] if tag["begin"].startswith(trigger)]
             called.append(f"{head} {self._one_of(tags, len(trigger))}")
         call = self._rule(" | ".join(called))
@@ -86,10 +85,6 @@ class _Rules:
         return self._rule(f"{call} | TEXT" if format.get("stop_after_first") else f"{call}* TEXT")
 
 
-def _literal(text: str) -> str:
-    """A string as Lark writes it, which is as JSON does; nothing for an empty one."""
-    return json.dumps(text, ensure_ascii=False) if text else ""
-
-
-def _in_slashes(found: re.Match[str]) -> str:
-    return {"/": r"\/", "\n": r"\n"}.get(found[0], found[0])
+def _written(text: str) -> str:
+    """As a literal; an empty one is left out."""
+    return literal(text) if text else ""
