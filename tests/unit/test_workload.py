@@ -20,7 +20,7 @@ from setpoint.workload.imports import import_trace
 from setpoint.workload.synth import PRESETS, from_table, synthesize
 from setpoint.workload.tables import lengths, table
 from setpoint.workload.trace import SCHEMA, Trace, TraceError, TraceHeader, TraceRequest, read_trace, write_trace
-from setpoint.workload.transform import scale_lengths, scale_rate, split
+from setpoint.workload.transform import excerpt, scale_lengths, scale_rate, split
 
 requests = st.lists(
     st.builds(
@@ -204,6 +204,31 @@ def test_independent_requests_are_brought_together_and_sessions_are_superposed()
     thinned = scale_rate(agent, 0.5, seed=3)
     assert {item.session for item in thinned.requests} < {item.session for item in agent.requests}
     assert more.header.scaling[-1].startswith("sessions x 2.5")
+
+
+@given(requests, st.floats(0, 100), st.floats(1.0, 500.0))
+@settings(max_examples=scaled(50))
+def test_an_excerpt_holds_what_arrives_in_its_time(items: list[TraceRequest], begin: float, seconds: float) -> None:
+    items = [replace(item, arrival_s=item.arrival_s % 60) for item in items]
+    trace = Trace(TraceHeader("test"), sorted(items, key=lambda item: item.arrival_s))
+    try:
+        part = excerpt(trace, begin, seconds)
+    except TraceError:
+        return
+    times = [item.arrival_s for item in part.requests]
+    assert times == sorted(times)
+    if trace.seconds > 0:
+        assert all(0 <= t < seconds for t in times)
+
+
+def test_a_trace_that_goes_round_brings_new_blocks_and_sessions() -> None:
+    trace = synthesize("agent", rate=2.0, seconds=200, seed=1)
+    part = excerpt(trace, 50.0, 600.0)
+    assert len(part.requests) == pytest.approx(3 * len(trace.requests), rel=0.1)
+    assert hit_rate(part) == pytest.approx(hit_rate(trace), abs=0.07)
+    assert part.header.scaling[-1].startswith("600 s from 50")
+    with pytest.raises(ConfigError):
+        excerpt(trace, 0.0, 0.0)
 
 
 def test_lengths_are_divided_with_their_blocks(tmp_path: Path) -> None:

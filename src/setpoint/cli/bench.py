@@ -1,4 +1,4 @@
-"""setpoint bench engine MODEL"""
+"""setpoint bench engine MODEL | serve URL"""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from typing import Annotated
 import typer
 
 from setpoint.cli.arguments import Json, Model
+from setpoint.cli.bench_serve import serve
 from setpoint.cli.console import DownloadBar, command_app, print_json, status
 from setpoint.cli.knobs import with_knobs
 from setpoint.config import EngineConfig
 from setpoint.errors import ConfigError
 
-app = command_app("Measure the engine on this machine.")
+app = command_app("Measure the engine on this machine, or a server over HTTP.")
 
 
 @app.callback()
 def bench() -> None:
-    """Measure the engine on this machine."""
+    """Measure the engine on this machine, or a server over HTTP."""
+
+
+app.command("serve")(serve)
 
 
 @app.command()

@@ -85,6 +85,49 @@ class DownloadBar:
             say(f"downloading {label}: {done / 1e6:.0f} of {total / 1e6:.0f} MB")
 
 
+class RequestBar:
+    """How many of the requests of a run are answered; a line now and then when stderr is no terminal."""
+
+    def __init__(self, total: int, what: str = "") -> None:
+        self._total = total
+        self._what = what
+        self._tenth = -1
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> RequestBar:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[state]}", markup=False),
+                TimeElapsedColumn(),
+                console=Console(stderr=True, highlight=False),
+                refresh_per_second=4,  # it shares the CPUs with what it measures
+            )
+            self._task = self._progress.add_task(printable(self._what), total=self._total, state="")
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def __call__(self, sent: int, done: int, missed: int) -> None:
+        state = f"{sent - done} in flight" + (f", {missed} missed" if missed else "")
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, state=state)
+            return
+        tenth = done * 10 // max(self._total, 1)
+        if tenth != self._tenth:
+            self._tenth = tenth
+            say(f"{self._what}: {done} of {self._total} requests, {state}")
+
+
 def _terminal_bar() -> Progress:
     from rich.console import Console
     from rich.progress import (

@@ -22,7 +22,7 @@ COMMANDS = {  # name -> (module, what it does)
     "serve": ("setpoint.cli.serve", "Serve a model over an OpenAI-compatible HTTP API."),
     "chat": ("setpoint.cli.chat", "Talk with a model in the terminal."),
     "generate": ("setpoint.cli.generate", "Complete a text: result on stdout, statistics on stderr."),
-    "bench": ("setpoint.cli.bench", "Measure the engine on this machine."),
+    "bench": ("setpoint.cli.bench", "Measure the engine, or a server with a trace."),
     "probe": ("setpoint.cli.probe", "Measure what this machine can do at most, and what steps of a model cost."),
     "plan": ("setpoint.cli.plan", "Predict what a model can serve on this machine under an SLA."),
     "trace": ("setpoint.cli.trace", "Make, import, describe, cut and scale traces of requests."),
@@ -31,8 +31,8 @@ COMMANDS = {  # name -> (module, what it does)
 }
 
 EXIT_CODES = """\
-Exit codes: 0 ok or drained, 1 a check failed, 2 configuration or usage, 3 model, 4 port in use, 70 engine,
-130 interrupted.
+Exit codes: 0 ok or drained, 1 a check failed or an SLO is not met, 2 configuration or usage, 3 model, 4 port in use,
+5 an invalid measurement, 70 engine, 130 interrupted.
 Environment: SETPOINT_API_KEY, SETPOINT_CACHE_DIR, SETPOINT_LOG_LEVEL; the hub's own HF_HOME, HF_TOKEN,
 HF_HUB_OFFLINE."""
 

@@ -121,15 +121,15 @@ def requests_needed(level: float, misses: int = 0, confidence: float = 0.95) -> 
 # --- correlated series -------------------------------------------------------------------------------------------
 
 
-def effective_n(values: Sequence[float] | Floats) -> float:
+def effective_n(values: Sequence[float] | Floats, num_batches: int | None = None) -> float:
     """How many independent values say as much about the mean, from the variance of batch means.
 
-    About sqrt(n) batches. At least 1 and at most n; a series without variance is taken as it is.
+    About sqrt(n) batches unless given. At least 1 and at most n; a series without variance is taken as it is.
     """
     series = np.asarray(values, np.float64)
     n = len(series)
-    num_batches = int(math.sqrt(n))
-    if num_batches < 4:
+    num_batches = num_batches or int(math.sqrt(n))
+    if not 4 <= num_batches <= n / 2:
         return float(n)
     size = n // num_batches
     variance = float(series.var(ddof=1))

@@ -85,9 +85,10 @@ def saturation(run: Run) -> Rule:
     if run.window.seconds < MIN_SATURATION_S:
         return "unknown", f"a window of {run.window.seconds:.0f} s does not tell; {MIN_SATURATION_S:.0f} s would"
     begin, width = run.window.begin_s, run.window.seconds / SATURATION_PARTS
-    ticks = begin + width / 20 * (np.arange(SATURATION_PARTS * 20) + 0.5)
-    flying = np.asarray(in_flight(run.logs, ticks.tolist())).reshape(SATURATION_PARTS, 20).mean(axis=1)
-    queue = slope(begin + width * np.arange(SATURATION_PARTS), flying)
+    ticks = [begin + width / 20 * (tick + 0.5) for tick in range(SATURATION_PARTS * 20)]
+    counts = in_flight(run.logs, ticks)
+    flying = [float(np.mean(counts[part : part + 20])) for part in range(0, len(counts), 20)]
+    queue = slope([begin + width * part for part in range(SATURATION_PARTS)], flying)
     waits: dict[int, list[float]] = {}
     for log in run.arrivals:
         if log.deliveries:

@@ -76,6 +76,28 @@ def repeated(trace: Trace, times: int) -> Trace:
     return _with(trace, requests, f"repeated {times} times") if times > 1 else trace
 
 
+def excerpt(trace: Trace, begin_s: float, seconds: float) -> Trace:
+    """What arrives in `seconds` from `begin_s` on, at 0; a trace that is too short goes round with new blocks.
+
+    Sessions that are under way at the border go on with the history that they have there.
+    """
+    if not 0 < seconds <= 1e6 or not 0 <= begin_s <= 1e9:
+        raise ConfigError("an excerpt has a length above 0 s")
+    requests = trace.requests
+    period = trace.seconds + trace.seconds / max(len(requests) - 1, 1)  # the last one is followed as the others are
+    if period == 0:
+        return _with(trace, requests, f"{seconds:g} s")
+    begin = begin_s % period
+    again = repeated(trace, int((begin + seconds) // period) + 1)
+    times = [request.arrival_s - requests[0].arrival_s - begin for request in again.requests]
+    found = [
+        replace(request, arrival_s=at) for request, at in zip(again.requests, times, strict=True) if 0 <= at < seconds
+    ]
+    if not found:
+        raise TraceError(f"no request arrives in these {seconds:g} s; take more of the trace")
+    return _with(trace, found, f"{seconds:g} s from {begin:.1f} s on")
+
+
 def scale_lengths(trace: Trace, divisor: float) -> Trace:
     """Every length and the block size divided, for a model with a shorter context."""
     if not 0.01 <= divisor <= 1e4:
