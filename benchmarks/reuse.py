@@ -3,9 +3,10 @@
     python benchmarks/reuse.py
     python benchmarks/reuse.py --parts first chat --llama-server PATH
 
-first    time to the first token: cold, warm, from host memory, from disk after a restart. `disk, dropped`
-         has the files taken out of the page cache before. llama-server: its slots (warm), its cache in host memory (as
-         it is by default), and slots saved to and restored from files; their restoring is part of the time.
+first    time to the first token: cold, warm, from host memory, from disk after a restart. `disk, dropped` has the
+         files taken out of the page cache before. llama-server: its slot (warm), its cache in host memory (on by
+         default), and slots saved to and restored from files; restoring is part of the time. It has one slot: of
+         four in one cache it drops idle ones for a prompt that needs their room, and does not save them.
 chat, agents
          traces (reuse_traces.py) of a few sessions, lengths divided, one request after the other: token hit rate beside
          the ideal infinite cache, and times to the first token. Both servers have KV memory for --pool-tokens.
@@ -37,6 +38,7 @@ from setpoint.loaders.hub import resolve_model
 BLOCK = 16
 VOCABULARY = 40_000  # token ids of synthetic text
 HOST_BYTES = 2 << 30
+FULL_HOST_BYTES = 64 << 20  # soon full: what a server that has run for long has
 TRACES = {"chat": (24, 32), "agents": (8, 16)}  # sessions, and what their lengths are divided by
 
 
@@ -164,9 +166,9 @@ def _our_first_tokens(bench: Bench, prompts: list[list[int]], fillers: list[list
 def _their_first_tokens(bench: Bench, prompts: list[list[int]], fillers: list[list[int]]) -> dict[str, Any]:
     states, path = States(), bench.folder / f"slots-{len(prompts[0])}"
     path.mkdir()
-    flags = ("--slot-save-path", path)
+    flags = ("--parallel", 1, "--slot-save-path", path)
     with bench.theirs(bench.options.context + 64, *flags) as server:
-        _in_memory(states, server, prompts, fillers)
+        _in_memory(states, server, prompts, fillers[:1])
         for number, prompt in enumerate(prompts):
             server.first_token(prompt, id_slot=0)
             server.post("/slots/0?action=save", {"filename": f"{number}.bin"})
@@ -258,7 +260,7 @@ def unused(bench: Bench) -> dict[str, Any]:
     settings: dict[str, tuple[object, ...]] = {
         "off": (),
         "off, again": (),
-        "memory": ("--kv-host-bytes", HOST_BYTES),
+        "memory": ("--kv-host-bytes", FULL_HOST_BYTES),
         "disk": ("--kv-disk-path", bench.folder / "kv-unused"),
     }
     open_servers = {name: bench.ours(options.context + 64, *flags) for name, flags in settings.items()}

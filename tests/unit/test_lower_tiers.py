@@ -60,6 +60,21 @@ def test_what_a_process_wrote_behind_comes_back_in_the_next(info: RunnerInfo, de
     assert disk.num_fetched >= 4
 
 
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_a_disk_that_is_full_in_the_middle_of_a_step_gets_the_rest_later(room: int) -> None:
+    """Copies are planned while it takes more; those that it then refuses would leave a hole in the prefix."""
+    disk = Attic()
+    disk.room = room
+    harness = Harness(INFO, lower=tiers(INFO, disk=disk, cost=fixed_cost(INFO, blocks_per_step=100)))
+    run(harness, again("first"))
+    for _ in range(10):
+        harness.step()
+        disk.takes_more, disk.room = True, room
+    assert not harness.scheduler.num_unsaved
+    second = Harness(INFO, lower=tiers(INFO, disk=disk))
+    assert run(second, again()) == 16
+
+
 def test_a_disk_that_takes_nothing_is_not_remembered_without_end() -> None:
     disk = Attic()
     disk.takes_more = False

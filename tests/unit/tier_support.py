@@ -21,6 +21,7 @@ class Attic:
         self.blocks_at_once = blocks_at_once
         self.records: dict[BlockName, BlockRecord] = {}
         self.takes_more = True
+        self.room: int | None = None  # records until it takes no more; None = any number
         self.num_fetched = 0
         self._asked: list[list[Wanted]] = []
         self.num_forgotten = 0
@@ -30,10 +31,14 @@ class Attic:
         return name in self.records
 
     def store(self, record: BlockRecord) -> bool:
-        if self.takes_more:
-            assert record.name not in self.records, "stored twice"
-            self.records[record.name] = record
-        return self.takes_more
+        if not self.takes_more:
+            return False
+        assert record.name not in self.records, "stored twice"
+        self.records[record.name] = record
+        if self.room is not None:
+            self.room -= 1
+            self.takes_more = self.room > 0
+        return True
 
     def fetch(self, wanted: Sequence[Wanted]) -> None:
         self._asked.append(list(wanted))

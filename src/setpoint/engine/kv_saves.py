@@ -78,10 +78,13 @@ class KVSaves:
         self._bytes_left -= self._block_bytes[group]
 
     def file(self, plan: StepPlan, result: StepResult) -> None:
-        """Take what the runner read."""
+        """Take what the runner read. What is in the pool and found no room on its way to disk is copied again later."""
+        refused = []
         for save, payload in zip(plan.saves, result.saved, strict=False):
             if payload is not None:
                 node = self._tree.find(save.key)
                 is_resident = node is not None and node.blocks[save.group] is not None
                 record = BlockRecord((save.key, save.group), save.parent, save.tokens, payload)
-                self._lower.keep(record, is_resident=is_resident)
+                if not self._lower.keep(record, is_resident=is_resident) and is_resident:
+                    refused.append(record.name)
+        self._behind.extendleft(reversed(refused))

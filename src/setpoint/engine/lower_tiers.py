@@ -164,12 +164,11 @@ class LowerTiers:
     def wants_on_disk(self, name: BlockName) -> bool:
         return self.disk is not None and self.disk.takes_more and name not in self.disk
 
-    def keep(self, record: BlockRecord, *, is_resident: bool) -> None:
-        """Take a copy; one of a block that is still in the pool is for the disk only."""
+    def keep(self, record: BlockRecord, *, is_resident: bool) -> bool:
+        """Take a copy; one of a block that is still in the pool is for the disk only. False where that refused it."""
         if not is_resident:
             self.host.put(record)
-        if self.disk is not None and record.name not in self.disk:
-            self.disk.store(record)
+        return self.disk is None or record.name in self.disk or self.disk.store(record)
 
     # --- up ------------------------------------------------------------------------------------------------------
 
