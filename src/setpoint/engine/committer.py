@@ -38,6 +38,7 @@ class Committer:
     def commit(self, plan: StepPlan, result: StepResult, now: float, *, planned_at: float, jump: bool) -> None:
         """With `jump`, tokens that a grammar forces are taken at once."""
         num_tokens, seconds = plan.num_tokens, now - planned_at - result.moving_s
+        self._roster.timelines.end(now, num_tokens, result.moving_s)
         if plan.entries:
             self._counters.step_tokens.observe(num_tokens)
         self._moves.file(plan, result, num_tokens, seconds)
@@ -71,6 +72,7 @@ class Committer:
         self._counters.count_output(len(outcome.token_ids), num_drawn)
         if entry.num_drafts:
             num_accepted = max(0, num_drawn - 1)
+            seq.timeline.count_drafts(entry.num_drafts, num_accepted)
             self._counters.speculation.count(entry.num_drafts, num_accepted)
             self._drafting.verified(seq, entry.num_drafts, num_accepted)
         self._kv.settle(seq)

@@ -74,6 +74,9 @@ class Planner:
                 self._fail(seq, error, step)
         if self._roster.waiting:
             self._admit_waiting(step)
+            for seq in [seq for seq in self._roster.timelines.aside.values() if not self._steps_aside(seq, now)]:
+                self._roster.timelines.wait_again(seq)
+        self._roster.timelines.planned(limits, step.budget, step.entries, self._roster)
         restores = tuple(move for moves in step.restores.values() for move in moves)
         return StepPlan(tuple(step.entries.values()), self._moves.end(), restores)
 
@@ -155,7 +158,10 @@ class Planner:
             if step.budget <= 0 or len(running) >= max_running:
                 return
             is_waiting = seq.status is SequenceStatus.WAITING
-            if not is_waiting or self.is_deferred(seq) or self._kv.is_fetching(seq, step.now):
+            if not is_waiting:
+                continue
+            if self._steps_aside(seq, step.now):
+                self._roster.timelines.step_aside(seq)
                 continue
             if not self._may_retry(seq):
                 return
@@ -163,8 +169,14 @@ class Planner:
                 self._admit(seq, step)
             except Exception as error:
                 self._fail(seq, error, step)
-            if seq.status is SequenceStatus.WAITING and not self._kv.is_fetching(seq, step.now):
-                return  # no room; nobody overtakes
+            if seq.status is SequenceStatus.WAITING:
+                if not self._kv.is_fetching(seq, step.now):
+                    return  # no room; nobody overtakes
+                self._roster.timelines.step_aside(seq)
+
+    def _steps_aside(self, seq: Sequence, now: float) -> bool:
+        """Whether a waiting sequence lets those behind it pass: for a sibling, or for what is read from disk."""
+        return self.is_deferred(seq) or self._kv.is_fetching(seq, now)
 
     def is_deferred(self, seq: Sequence) -> bool:
         """Whether a sibling is computing the full prompt blocks that this sequence will then find in the cache."""
@@ -188,10 +200,12 @@ class Planner:
             return
         if roster.faults is not None:
             roster.inject("allocate", seq)
+        fetch = seq.fetch
         roster.start(seq)
         kv.take_hit(seq, hit)
         if seq.first_scheduled_time is None:
             roster.count_start(seq, step.now)
+        roster.timelines.start(seq, fetch, step.now)
         if seq.restore is not None and not self._restore(seq, step):
             return
         covered = kv.grow(seq, seq.num_computed + min(seq.num_tokens - seq.num_computed, step.budget))

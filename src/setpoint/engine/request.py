@@ -29,6 +29,7 @@ class Request:
     session_id: str = ""  # of the tenant; keeps this prefix for the next request. "" = none
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
     grammar: Grammar | None = None  # of `params.structured_outputs`, compiled
+    submitted_time: float | None = field(default=None, repr=False, compare=False)  # set when it is counted in
 
     def validate(self, *, vocab_size: int, max_model_len: int) -> None:
         """Raise RequestError unless every number is within the bounds of this model."""

@@ -17,6 +17,7 @@ from setpoint.engine.rows import Outcome
 from setpoint.engine.sequence import ActiveRequest, Sequence, SequenceStatus
 from setpoint.engine.sessions import Sessions
 from setpoint.engine.stats import Counters
+from setpoint.engine.timelines import Timelines
 from setpoint.errors import EngineError
 
 by_order = attrgetter("order")
@@ -31,6 +32,7 @@ class Roster:
         queue: QueueGate,
         counters: Counters,
         sessions: Sessions,
+        timelines: Timelines,
         *,
         max_len: int,
         seed: int | None,
@@ -44,6 +46,7 @@ class Roster:
         self._queue = queue
         self._counters = counters
         self._sessions = sessions
+        self.timelines = timelines
         self._max_len = max_len
         self._random = random.Random(seed)  # seeds of requests that bring none
         self._arrivals = itertools.count()
@@ -73,6 +76,7 @@ class Roster:
             raise
         if request.session_id and self._kv.prefix_caching:
             active.session = self._sessions.open(request.tenant, request.session_id, request.cache_salt, now)
+        self.timelines.arrive(active, len(self.waiting), now)
         self.requests[request.request_id] = active
         for seq in active.unfinished:
             self.sequences[seq.seq_id] = seq
@@ -117,6 +121,7 @@ class Roster:
 
     def preempt(self, seq: Sequence) -> None:
         """Running → waiting, without blocks; what it published may still be cached when it comes back."""
+        self.timelines.preempt(seq)
         self._kv.release(seq)
         seq.drafts = []
         seq.status = SequenceStatus.WAITING
@@ -128,6 +133,7 @@ class Roster:
     def finish(self, seq: Sequence, outcome: Outcome, now: float) -> Event:
         """Take a sequence out, wherever it stands, and give its blocks back."""
         assert outcome.finish_reason is not None
+        self.timelines.finish(seq, outcome.finish_reason, now)
         active = seq.owner
         (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
         seq.status = SequenceStatus.FINISHED

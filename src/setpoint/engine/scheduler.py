@@ -25,6 +25,7 @@ from setpoint.engine.roster import Roster
 from setpoint.engine.sequence import Sequence
 from setpoint.engine.sessions import SessionLimits, Sessions
 from setpoint.engine.stats import Counters
+from setpoint.engine.timelines import Timelines
 from setpoint.errors import ConfigError
 
 __all__ = ["DraftPlanner", "Scheduler", "SchedulerLimits"]
@@ -57,19 +58,19 @@ class Scheduler:
         quota_blocks = int(max(pool.num_blocks for pool in self.kv.pools) * self.limits.session_share)
         session_limits = SessionLimits(self.limits.session_ttl_s, quota_blocks)
         self.sessions = Sessions(session_limits, self.kv.protect, self.kv.unprotect, info.block_size)
-        self._roster = roster = Roster(
-            self.kv, self.queue, self.counters, self.sessions, max_len=self.max_model_len, seed=seed
-        )
+        self.timelines = Timelines()
+        parts = self.kv, self.queue, self.counters, self.sessions, self.timelines
+        self._roster = roster = Roster(*parts, max_len=self.max_model_len, seed=seed)
         self.running, self.waiting = roster.running, roster.waiting  # read only, in order
         if speculator is not None:
             self.counters.speculation = speculator.counters
         self._drafting = Drafting(speculator)
         self._moves = KVMoves(self.kv, roster)
         self._events: list[Event] = []  # of the step under way
-        parts = self.kv, roster, self._moves, self._drafting, self.counters, self._events
-        self._planner = Planner(*parts)
+        step_parts = self.kv, roster, self._moves, self._drafting, self.counters, self._events
+        self._planner = Planner(*step_parts)
         self._planner.late_masks = info.late_masks
-        self._committer = Committer(*parts, info.vocab_size)
+        self._committer = Committer(*step_parts, info.vocab_size)
         self._planned_at = 0.0
 
     # --- requests in and out -------------------------------------------------------------------------------------
@@ -82,6 +83,7 @@ class Scheduler:
     def reserve(self, request: Request, now: float) -> None:
         """Count the request into the bounded queue, or raise QueueFullError. Thread-safe; `enqueue` must follow."""
         self.queue.enter(len(request.prompt_token_ids), now)
+        request.submitted_time = now
 
     def enqueue(self, request: Request, now: float) -> None:
         """Let a validated, reserved request wait for its turn."""
@@ -130,6 +132,7 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """What to compute in the next step, under the limits of this moment."""
         self._planned_at = now
+        self.timelines.begin(now)
         self.sessions.expire(now)
         return self._planner.plan(self.limits, now)
 

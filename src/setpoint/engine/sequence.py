@@ -14,6 +14,7 @@ from setpoint.engine.lower_tiers import Fetch
 from setpoint.engine.request import Request
 from setpoint.engine.row_state import RowState
 from setpoint.engine.sessions import Session
+from setpoint.engine.timeline import Timeline
 
 if TYPE_CHECKING:
     from setpoint.engine.speculation.speculator import SequenceRecord
@@ -84,6 +85,7 @@ class Sequence:
         "speculation",
         "status",
         "stop_ids",
+        "timeline",
         "token_ids",
     )
 
@@ -122,6 +124,7 @@ class Sequence:
         self.num_preemptions = 0
         self.arrival_time = owner.arrival_time
         self.first_scheduled_time: float | None = None
+        self.timeline = Timeline()
 
     @property
     def num_tokens(self) -> int:
@@ -164,6 +167,7 @@ class Sequence:
             if token is None:
                 break
             finish = self.append(token)
+            self.timeline.num_forced += 1
             if finish is not None:
                 return finish
         return None
