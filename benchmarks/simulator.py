@@ -49,13 +49,13 @@ from setpoint.workload.synth import PRESETS, from_table, synthesize
 from setpoint.workload.trace import Trace
 from setpoint.workload.transform import scale_lengths
 
-CONFIGURATIONS = (  # max_num_seqs, max_num_batched_tokens, load
+CONFIGURATIONS = (  # max_num_seqs, max_num_batched_tokens, load: equal loads alone would rank noise
+    (64, 512, 0.5),
     (64, 512, 1.0),
-    (64, 512, 1.8),
-    (8, 128, 1.0),
-    (3, 512, 1.0),
-    (64, 64, 1.4),
-    (16, 256, 0.5),
+    (64, 512, 2.0),
+    (4, 512, 1.5),
+    (64, 64, 1.5),
+    (16, 128, 0.75),
 )
 BUSY = {"chat": 5.0, "code": 3.0, "rag": 5.0, "agent": 4.0, "batch": 5.0}  # requests/s at lengths / 8
 

@@ -6,17 +6,21 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from engine_support import scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from setpoint import assemble
+from setpoint.cli.main import run
 from setpoint.engine.plan import StepPlan, StepResult
 from setpoint.engine.step_cost import ShapeOf
 from setpoint.errors import ConfigError
 from setpoint.runtime.fake import FakeRunner, fake_info
 from setpoint.tune import calibrate as calibrating
+from setpoint.tune import machine
 from setpoint.tune.calibrate import Calibration, calibrate, check_noise
 from setpoint.tune.calibration_store import calibration_path, load_calibration, store_calibration
 from setpoint.tune.machine import MachineIdentity
@@ -183,3 +187,50 @@ def test_the_file_is_where_its_machine_and_model_say(kept: Calibration) -> None:
     problems: list[str] = []
     assert load_calibration(IDENTITY, kept.fingerprint, problems.append) is None
     assert len(problems) == 1
+
+
+@pytest.fixture
+def command(clock: type[SlowRunner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, int]]:
+    """`setpoint probe m`, whose model is the slow runner."""
+    config = SimpleNamespace(model="m", max_num_seqs=4, max_num_batched_tokens=32)
+    surveyed = SimpleNamespace(config=config, fingerprint="f")
+    opened: list[SlowRunner] = []
+
+    def open_runner(config: object, **more: object) -> tuple[SlowRunner, SimpleNamespace]:
+        opened.append(clock(INFO))
+        return opened[-1], surveyed
+
+    monkeypatch.setenv("SETPOINT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(machine, "this_identity", lambda: IDENTITY)
+    monkeypatch.setattr(assemble, "survey", lambda config, progress: surveyed)
+    monkeypatch.setattr(assemble, "open_runner", open_runner)
+
+    def call(*arguments: str) -> tuple[int, int]:
+        code = run("probe", ["m", *arguments])
+        assert all(runner.closed for runner in opened)
+        return code, len(opened)
+
+    return call
+
+
+def test_a_model_is_measured_once_and_again_when_asked(
+    command: Callable[..., tuple[int, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command() == (0, 1)
+    out = capsys.readouterr().out
+    assert "4 x 1 token behind 64" in out
+    assert "error at a step that was left out of the fit" in out
+    assert command() == (0, 1)
+    assert "measured before" in capsys.readouterr().err
+    assert command("--again", "--json") == (0, 2)
+    assert json.loads(capsys.readouterr().out)["fingerprint"] == "f"
+
+
+def test_a_noisy_probe_is_not_kept(
+    command: Callable[..., tuple[int, int]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrating, "MOST_NOISE", -1.0)
+    assert command() == (2, 1)
+    assert "--accept-noise" in capsys.readouterr().err.splitlines()[-1]
+    assert command("--accept-noise") == (0, 2)  # nothing was kept
+    assert command("--accept-noise") == (0, 2)
