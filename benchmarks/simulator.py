@@ -57,7 +57,13 @@ CONFIGURATIONS = (  # max_num_seqs, max_num_batched_tokens, load: equal loads al
     (64, 64, 1.5),
     (16, 128, 0.75),
 )
-BUSY = {"chat": 5.0, "code": 3.0, "rag": 5.0, "agent": 4.0, "batch": 5.0}  # requests/s at lengths / 8
+BUSY = {  # requests/s, and what lengths are divided by
+    "chat": (5.0, 8),
+    "code": (3.0, 8),
+    "rag": (5.0, 8),
+    "agent": (5.0, 20),
+    "batch": (5.0, 8),
+}
 
 
 class Borrowed:
@@ -243,7 +249,8 @@ def judged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def speed(surveyed: Survey, cost: StepCost) -> list[dict[str, Any]]:
     rows = []
     for preset in PRESETS:
-        trace = synthesize(preset, rate=BUSY[preset], seconds=200, seed=3, length_scale=8)
+        rate, scale = BUSY[preset]
+        trace = synthesize(preset, rate=rate, seconds=200, seed=3, length_scale=scale)
         limits = replace(surveyed.limits, max_drafts=0)
         setup = EngineSetup(surveyed.info, limits, cost)
         runs = [simulate(trace, setup) for _ in range(3)]
