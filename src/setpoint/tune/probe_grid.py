@@ -107,6 +107,7 @@ class Grid:
         self.cells, lengths = _within(self._info, cells, max_num_batched_tokens)
         self._slots = list(_slots(self._info, lengths, max_num_batched_tokens))
         self._last = [self._random.randrange(self._info.vocab_size) for _ in self._slots]
+        self._guessed: list[list[int]] = [[] for _ in self._slots]  # behind it, as the last step with drafts drew them
         self._fill(lengths)
 
     def execute(self, cell: Cell) -> StepResult:
@@ -124,7 +125,11 @@ class Grid:
         for slot, computed in enumerate(result.entries[: cell.decodes]):
             if computed.error is not None:
                 raise computed.error
-            self._last[slot] = computed.rows[0].token_id
+            drawn = [row.token_id for row in computed.rows]
+            if cell.drafts:
+                self._guessed[slot] = drawn[: cell.drafts]
+            else:
+                self._last[slot], self._guessed[slot] = drawn[0], []
         return result
 
     def plan_shape(self, cell: Cell) -> list[PlanEntry]:
