@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from setpoint.engine.blast_wall import Faults
 from setpoint.engine.delivery import Delivery
 from setpoint.engine.events import Event
+from setpoint.engine.explanation import Explanation, Limits
 from setpoint.engine.inbox import Abort, Inbox
 from setpoint.engine.loop import EngineLoop
 from setpoint.engine.plan import Runner
@@ -165,6 +166,16 @@ class Engine:
     def heartbeat_age_s(self) -> float:
         """Seconds since the engine thread last moved, idle or not."""
         return max(0.0, self._clock() - self._loop.heartbeat)
+
+    def explain(self, request_id: str) -> Explanation | None:
+        """Where the time of a request went, so far or until its end; None when it is not known, or no more."""
+        scheduler, now = self._scheduler, self._clock()
+        timelines = scheduler.timelines.read(request_id, now)
+        if timelines is None:
+            return None
+        limits, capacity = scheduler.limits, max(pool.num_blocks for pool in scheduler.kv.pools)
+        bounds = Limits(limits.max_num_seqs, limits.max_num_batched_tokens, capacity * scheduler.kv.block_size)
+        return Explanation(tuple(timelines), bounds, now)
 
     def stats(self) -> EngineStats:
         """One reading of the gauges and counters. Not one instant: the engine goes on while they are read."""

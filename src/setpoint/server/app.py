@@ -95,6 +95,7 @@ def _add_routes(app: FastAPI, context: ServerContext, endpoints: Endpoints, metr
         responses=_answers("application/json"),
         response_class=Response,
     )
+    get("/v1/requests/{request_id}/explain", "explain", endpoints.explain)
     get("/server_info", "server_info", endpoints.server_info)
 
     async def version() -> Response:

@@ -16,6 +16,7 @@ from setpoint.errors import RequestError
 from setpoint.server.admission import Admission
 from setpoint.server.context import ServerContext
 from setpoint.server.errors import ApiError
+from setpoint.server.explain import Explanations
 from setpoint.server.fields import parse
 from setpoint.server.forms import ChatForm, CompletionForm, Form
 from setpoint.server.generation import Generation, Job
@@ -49,6 +50,7 @@ class Endpoints:
         self._context = context
         self._admission = admission
         self._metrics = metrics
+        self._explanations = Explanations(context.engine.explain, context.clock)
 
     # Generation
 
@@ -85,6 +87,7 @@ class Endpoints:
             form = form_type(context, generation)
             generation.submit()
             self._admission.add(generation)
+            self._explanations.begin(generation, arrival)
         headers = {"X-Setpoint-Ignored-Params": ", ".join(ignored)} if ignored else {}
         answer_type = EventStream if job.stream else JsonAnswer
         return answer_type(generation, form, context.settings, headers, self._finisher(request, generation, arrival))
@@ -92,6 +95,7 @@ class Endpoints:
     def _finisher(self, request: Request, generation: Generation, arrival: float) -> Finish:
         def finish(ending: str) -> None:
             self._admission.remove(generation)
+            self._explanations.end(generation, ending)
             self._metrics.finished(generation, ending)
             request.scope["setpoint.record"].fields.update(_log_fields(generation, ending))
             if self._context.on_end is not None:
@@ -164,6 +168,15 @@ class Endpoints:
         if not re.fullmatch(NAME, session_id) or not self._context.engine.delete_session(tenant, session_id):
             raise ApiError("not_found", "There is no such session.", param="session_id")
         return json_response({"id": session_id, "object": "session", "deleted": True})
+
+    # Requests
+
+    async def explain(self, request: Request, request_id: str) -> Response:
+        tenant = request.scope.get("setpoint.tenant", "")
+        body = self._explanations.body(request_id, tenant) if re.fullmatch(NAME, request_id) else None
+        if body is None:
+            raise ApiError("not_found", "There is no such request, or it was forgotten.", param="request_id")
+        return json_response(body)
 
     async def server_info(self) -> Response:
         context, settings = self._context, self._context.settings

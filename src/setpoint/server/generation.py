@@ -6,7 +6,7 @@ and possible stop strings; a stop string found here aborts the choice in the eng
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +131,11 @@ class Generation:
             for engine_id, prompt in zip(self._first_choice, job.prompts, strict=True)
             for _ in range(job.n)
         ]
+
+    @property
+    def engine_ids(self) -> Collection[str]:
+        """The engine's names of the prompts."""
+        return self._first_choice.keys()
 
     def submit(self) -> None:
         """Hand every prompt to the engine; nothing stays behind when one is refused. Raises what the engine raises."""
