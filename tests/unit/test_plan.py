@@ -183,6 +183,23 @@ def test_the_document_is_json_without_infinities(known: Path, capsys: pytest.Cap
     assert json.loads(out, parse_constant=no_constant)["impossible"] == ["ttft.p95<50ms (alone: 101 ms)"]
 
 
+def test_the_page_needs_nothing_else(known: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = known.with_name("plan.html")
+    flags = ("--trace", str(known), "--slo", "ttft.p95<300ms,tpot.p95<1s")
+    code, out, _ = invoke(capsys, *flags, "--html", str(page))
+    assert code == 0
+    text = page.read_text()
+    assert text.count("<svg") == 3
+    assert "Holds up to" in text
+    assert "ttft.p95&lt;300ms" in text
+    assert out.splitlines()[0] in text
+    assert "<script" not in text
+    assert "src=" not in text
+    code, _, err = invoke(capsys, *flags, "--html", str(known / "no" / "folder.html"))
+    assert code == 2
+    assert "choose another --html" in err
+
+
 @pytest.mark.parametrize(
     ("slo", "told"), [("fast", "SLA term 'fast'"), ("ttft.p95<1s,ttft.p95<2s", "same statistic twice")]
 )

@@ -36,6 +36,7 @@ def plan(
         float | None, typer.Option(help="Requests a second to serve: says how many engines that takes.", min=1e-6)
     ] = None,
     requests: Annotated[int, typer.Option(help="Requests of the trace to simulate.", min=20, max=1_000_000)] = 300,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as a page with charts as well.")] = None,
     json: Json = False,
 ) -> None:
     """Memory, predicted latencies over load, what binds, what each knob would change, engines for a rate.
@@ -71,6 +72,8 @@ def plan(
         contexts=contexts(kv_tokens, surveyed.info.max_model_len, surveyed.limits.max_num_seqs),
     )
     made = make_plan(shortened(loaded, requests), setup, sla, rate=rate, report=lambda line: say(f"setpoint: {line}"))
+    if html is not None:
+        _write_page(html, made, lines(made, memory, surveyed, found), model)
     if json:
         print_json(document(made, memory, surveyed, found))
     else:
@@ -78,6 +81,16 @@ def plan(
             print(printable(line))
     if not made.is_feasible:
         raise typer.Exit(1)
+
+
+def _write_page(path: Path, made: Plan, table: list[str], model: str) -> None:
+    from setpoint.errors import ConfigError
+    from setpoint.tune.plan_html import plan_page
+
+    try:
+        path.write_text(plan_page(made, table, model), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; choose another --html") from None
 
 
 def document(made: Plan, memory: MemoryMap, surveyed: Survey, found: Calibration) -> dict[str, Any]:
