@@ -92,7 +92,8 @@ class Surveyor:
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.address = Address.parse(url)
         self.headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._client = httpx.Client(base_url=self.address.base, headers=self.headers, timeout=PATIENCE_S)
+        fresh = httpx.Limits(max_keepalive_connections=0)  # llama.cpp closes kept ones after a while or a few requests
+        self._client = httpx.Client(base_url=self.address.base, headers=self.headers, timeout=PATIENCE_S, limits=fresh)
 
     def __enter__(self) -> Surveyor:
         return self
