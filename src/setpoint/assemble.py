@@ -222,7 +222,7 @@ def _build_engine(
             unfinished.callback(speculator.close)
         scheduler = Scheduler(
             runner.info,
-            _scheduler_limits(resolved, speculation),
+            scheduler_limits(resolved),
             enable_prefix_caching=resolved.enable_prefix_caching,
             seed=resolved.seed,
             speculator=speculator,
@@ -249,11 +249,13 @@ def _build_engine(
     )
 
 
-def _scheduler_limits(config: EngineConfig, speculation: SpeculativeConfig) -> SchedulerLimits:
+def scheduler_limits(config: EngineConfig) -> SchedulerLimits:
+    """What the knobs say a scheduler may do."""
+    speculation = SpeculativeConfig.parse(config.speculative_config)
     return SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        max_drafts=speculation.num_speculative_tokens,
+        max_drafts=0 if speculation.method == "off" else speculation.num_speculative_tokens,
         max_num_queued_reqs=config.max_num_queued_reqs,
         max_num_queued_tokens=config.max_num_queued_tokens,
         session_ttl_s=config.session_ttl,
@@ -408,7 +410,7 @@ def _survey(opened: _OpenedModel, config: EngineConfig) -> Survey:
     return Survey(
         config=resolved,
         info=RunnerInfo(opened.model.vocab_size, resolved.max_model_len, groups, BLOCK_TOKENS),
-        limits=_scheduler_limits(resolved, SpeculativeConfig.parse(resolved.speculative_config)),
+        limits=scheduler_limits(resolved),
         weight_bytes=opened.checkpoint.num_bytes,
         kv_token_bytes=facts.kv_bytes_per_token(kv_dtype),
         step_bytes=facts.step_bytes_per_token * budget,

@@ -25,6 +25,7 @@ COMMANDS = {  # name -> (module, what it does)
     "bench": ("setpoint.cli.bench", "Measure the engine, or a server with a trace."),
     "probe": ("setpoint.cli.probe", "Measure what this machine can do at most, and what steps of a model cost."),
     "plan": ("setpoint.cli.plan", "Predict what a model can serve on this machine under an SLA."),
+    "tune": ("setpoint.cli.tune", "Measure which knobs hold an SLA, and certify them."),
     "trace": ("setpoint.cli.trace", "Make, import, describe, cut and scale traces of requests."),
     "explain": ("setpoint.cli.explain", "Show where the time of a request went, and the knob to turn."),
     "inspect": ("setpoint.cli.inspect", "Show a model, this machine, or every knob."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from setpoint.cli.arguments import Model
 from setpoint.cli.console import DownloadBar, command_app, status
 from setpoint.cli.knobs import with_knobs
 from setpoint.config import EngineConfig, ServerConfig, api_key_from_environment, log_level
+from setpoint.errors import ConfigError
 
 app = command_app("Serve a model over an OpenAI-compatible HTTP API.")
 
@@ -27,6 +29,12 @@ def serve(
     check_config: Annotated[
         bool, typer.Option("--check-config", help="Print every knob with its value and reason, and leave.")
     ] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Set the knobs that `setpoint tune` certified.")
+    ] = None,
+    recipe_anyway: Annotated[
+        bool, typer.Option("--recipe-anyway", help="Use a recipe of another machine or model: nothing is certified.")
+    ] = False,
 ) -> None:
     """Serve MODEL until SIGTERM or Ctrl-C; then finish what runs (--shutdown-timeout) and leave with 0."""
     from setpoint.assemble import build_engine
@@ -39,6 +47,8 @@ def serve(
     from setpoint.server.run import serve as run_server
 
     config, http = configure(model=model), configure_server()
+    if recipe is not None:
+        config = with_recipe(config, recipe, anyway=recipe_anyway)
     if check_config:
         _print_reasons(config)
         return
@@ -93,6 +103,35 @@ def serve(
         sys.stderr.flush()
         os._exit(code)
     raise typer.Exit(code)
+
+
+def with_recipe(config: EngineConfig, path: Path, *, anyway: bool) -> EngineConfig:
+    """The config with a recipe's knobs. Raises ConfigError when its evidence does not count here."""
+    from setpoint.assemble import models_directory
+    from setpoint.loaders.hub import resolve_model
+    from setpoint.tune.machine import this_identity
+    from setpoint.tune.recipe import machine_fingerprint, mismatches, model_hash, read_recipe
+
+    found = read_recipe(path)
+    with DownloadBar() as bar:
+        model = model_hash(resolve_model(config.model, models_directory(), progress=bar))
+    problems = mismatches(found, machine=machine_fingerprint(this_identity()), model=model)
+    given = found.provenance.get("given", {})
+    default = EngineConfig(model=config.model)
+    for declared in fields(config):
+        name, value = declared.name, getattr(config, declared.name)
+        if name == "model":
+            continue
+        if name in found.knobs and value not in (getattr(default, name), found.knobs[name]):
+            problems.append(f"--{name.replace('_', '-')} {value} is not what it sets")
+        elif name not in found.knobs and value != given.get(name, getattr(default, name)) and name != "seed":
+            problems.append(f"it was certified without --{name.replace('_', '-')} {value}")
+    if problems and not anyway:
+        raise ConfigError(f"the recipe {path.name} does not count: {'; '.join(problems)}; see --recipe-anyway")
+    rest = {name: value for name, value in found.knobs.items() if getattr(config, name) == getattr(default, name)}
+    what = f"UNCERTIFIED ({'; '.join(problems)})" if problems else found.verdict
+    print(f"setpoint: recipe {path.name}: {what}", file=sys.stderr, flush=True)
+    return replace(config, **rest)
 
 
 def _display_name(model: str) -> str:

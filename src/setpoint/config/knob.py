@@ -10,7 +10,11 @@ from setpoint.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Knob:
-    """What a field means to a person: help with its reason, unit, bounds or choices."""
+    """What a field means to a person: help with its reason, unit, bounds or choices.
+
+    `search` holds the values that `setpoint tune` tries, ascending; only knobs that are hot (they change between two
+    steps, without a restart) and do not change the output have some.
+    """
 
     help: str
     unit: str = ""
@@ -18,6 +22,7 @@ class Knob:
     high: float | None = None
     choices: tuple[str, ...] = ()
     lossy: bool = False
+    search: tuple[Any, ...] = ()
 
 
 def knob(
@@ -29,8 +34,9 @@ def knob(
     high: float | None = None,
     choices: tuple[str, ...] = (),
     lossy: bool = False,
+    search: tuple[Any, ...] = (),
 ) -> Any:
-    meta = Knob(help, unit, low, high, choices, lossy)
+    meta = Knob(help, unit, low, high, choices, lossy, search)
     return field(default=default, metadata={"knob": meta})
 
 

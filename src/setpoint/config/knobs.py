@@ -51,13 +51,21 @@ class EngineConfig:
         low=1,
         high=1 << 46,
     )
-    max_num_seqs: int = knob(64, "Most sequences in one step.", unit="sequences", low=1, high=4096)
+    max_num_seqs: int = knob(
+        64,
+        "Most sequences in one step.",
+        unit="sequences",
+        low=1,
+        high=4096,
+        search=(4, 8, 16, 32, 64, 128, 256),
+    )
     max_num_batched_tokens: int = knob(
         512,
         "Token budget of one step: larger favours throughput, smaller favours steady output.",
         unit="tokens",
         low=16,
         high=65536,
+        search=(32, 64, 128, 256, 512, 1024, 2048),
     )
     enable_prefix_caching: bool = knob(True, "Reuse the KV cache of a prompt's prefix; never changes the output.")
     kv_host_bytes: int = knob(
@@ -99,6 +107,7 @@ class EngineConfig:
         "Guess tokens and verify several in a step; never changes the output, and stops where it does not pay. "
         'auto, off, prompt-lookup, suffix, draft, or {"method": ..., "model": ..., "num_speculative_tokens": ...}.',
         unit="JSON",
+        search=("off", '{"num_speculative_tokens": 2}', '{"num_speculative_tokens": 5}', "auto"),
     )
     num_threads: int | None = knob(
         None, "Compute threads. Default: one per CPU we may use.", unit="threads", low=1, high=1024

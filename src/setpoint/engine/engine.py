@@ -14,12 +14,13 @@ from setpoint.engine.delivery import Delivery
 from setpoint.engine.events import Event
 from setpoint.engine.explanation import Explanation, Limits
 from setpoint.engine.inbox import Abort, Inbox
+from setpoint.engine.limits import SchedulerLimits
 from setpoint.engine.loop import EngineLoop
 from setpoint.engine.plan import Runner
 from setpoint.engine.request import Request
 from setpoint.engine.scheduler import Scheduler
 from setpoint.engine.stats import EngineStats
-from setpoint.errors import EngineDeadError, EngineError, QueueFullError, RequestError, SetpointError
+from setpoint.errors import ConfigError, EngineDeadError, EngineError, QueueFullError, RequestError, SetpointError
 
 __all__ = ["Engine", "EngineLimits", "Event", "Request"]
 
@@ -52,6 +53,7 @@ class Engine:
     ) -> None:
         self.limits = EngineLimits(scheduler.vocab_size, scheduler.max_model_len)
         self._scheduler = scheduler
+        self._built_limits = scheduler.limits
         self._runner = runner
         self._clock = clock
         if faults is not None:
@@ -110,6 +112,14 @@ class Engine:
         Each sequence that was still alive gets a last event with `finish_reason` "abort".
         """
         self._inbox.put(Abort(request_id, index))
+
+    def set_limits(self, limits: SchedulerLimits) -> None:
+        """Other hot limits from the next step on. Raises ConfigError beyond those that the runner was built for."""
+        built = self._built_limits
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            if not 1 <= getattr(limits, name) <= getattr(built, name):
+                raise ConfigError(f"{name} is {getattr(limits, name)}; it was built for {getattr(built, name)}")
+        self._scheduler.limits = limits
 
     def delete_session(self, tenant: str, session_id: str) -> bool:
         """Forget a session of a tenant; False when there is none. Requests under way go on."""

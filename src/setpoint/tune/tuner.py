@@ -1,0 +1,300 @@
+"""`setpoint tune`, without the machine: which runs to ask for, and what follows from them.
+
+Noise check, the default's load, screening by prediction, racing, refinement, capacities, certification; each has its
+share of the time. Everything is a function of what `measure` answers, time included (a run says what it cost), so a
+study can be resumed, and the whole of it is tested on a virtual world.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from setpoint.errors import ConfigError, SetpointError
+from setpoint.tune.certify import BELOW, LEAST_GAIN, Certificate, Decision, certify, probit_slope
+from setpoint.tune.race import Racer, race
+from setpoint.tune.search import DEFAULT, Dimension, Setting, candidates, shortlist, text
+from setpoint.tune.tune_study import Study
+from setpoint.tune.tune_trial import Ask, Observation
+
+SHARES = {"noise": 0.10, "load": 0.12, "race": 0.33, "refine": 0.05, "capacity": 0.12, "certify": 0.28}
+MAX_NOISE = 0.10
+NOISE_PAIRS = 3
+LOWEST_LOAD, HIGHEST_LOAD = 1 / 64, 256.0
+LEAST_RUN_S = 3.0
+CERTIFY_SEEDS = 5
+Measure = Callable[[Ask], Observation]
+Say = Callable[[str], None]
+
+
+class TooNoisyError(SetpointError):
+    """The machine does not give equal answers to equal questions."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to tune. `predict(setting)` gives a score of the same kind as measured ones, or None if nothing is known
+    of this model; `start_load` is where the default's capacity is expected, times the trace's own."""
+
+    dimensions: tuple[Dimension, ...]
+    budget_s: float
+    predict: Callable[[Setting], float] | None = None
+    model_error: float = 0.1
+    start_load: float = 1.0
+    accept_noise: bool = False
+    most_candidates: int = 32
+    refine: Callable[[Sequence[Dimension], Sequence[tuple[Setting, float]]], Setting | None] | None = None
+
+
+@dataclass(frozen=True)
+class Loads:
+    """The load of a setting's capacity, between one that met the SLA and one that did not."""
+
+    setting: Setting
+    met: float  # 0: none was found
+    failed: float  # inf: none was found
+    points: tuple[tuple[float, Observation], ...]
+
+    @property
+    def capacity(self) -> float | None:
+        if not self.met:
+            return None
+        return math.sqrt(self.met * self.failed) if math.isfinite(self.failed) else self.met
+
+
+@dataclass
+class Tuned:
+    decision: Decision
+    noise: float
+    load: float  # of the race
+    racers: tuple[Racer, ...] = ()
+    rungs: int = 0
+    loads: list[Loads] = field(default_factory=list)
+    finalists: list[Certificate] = field(default_factory=list)
+    default: Certificate | None = None
+    slope: float = 0.0
+    spent_s: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def shrinkage(self) -> float | None:
+        """How much of the gain seen while tuning the held-out runs took away, as a share of the capacity."""
+        chosen = self.decision.chosen
+        if chosen is None or chosen.gain is None:
+            return None
+        found = {loads.setting: loads.capacity for loads in self.loads}
+        mine, theirs = found.get(chosen.setting), found.get(DEFAULT)
+        return None if not mine or not theirs else mine / theirs - 1 - chosen.gain.estimate
+
+
+class Tuner:
+    def __init__(self, job: Job, measure: Measure, study: Study, say: Say = lambda line: None) -> None:
+        self.job, self._measure, self._study, self._say = job, measure, study, say
+        self.spent_s = 0.0
+        self.best = "default"
+        self._until_s = 0.0
+        self.run_s = max(LEAST_RUN_S, job.budget_s / 50)
+
+    def run(self) -> Tuned:
+        """Raises TooNoisyError, or what `measure` raises; then there is no result."""
+        noise = self._noise()
+        own = self._loads(DEFAULT, self.job.start_load, "load")
+        load = own.capacity or LOWEST_LOAD
+        tuned = Tuned(Decision("invalid", None, ""), noise, load)
+        settings = self._screened()
+        self._begin("race")
+        count = self._fitting(len(settings))
+        result = race(
+            settings[:count],
+            self._ask,
+            load=load,
+            first_s=self.run_s / 2,
+            noise=noise,
+            has_time=lambda seconds: self.spent_s + seconds <= self._until_s,
+        )
+        tuned.racers, tuned.rungs = result.racers, result.rungs
+        finalists = [racer.setting for racer in _still_in(result.racers)]
+        finalists = self._refined(result.racers, finalists, load, noise, tuned)
+        self.best = text(finalists[0]) if finalists else "default"
+        self._capacities(tuned, own, finalists[:2])
+        self._certify(tuned)
+        tuned.spent_s = self.spent_s
+        return tuned
+
+    # --- stages --------------------------------------------------------------------------------------------------
+
+    def _noise(self) -> float:
+        """The default against itself, in pairs, where no queue makes small differences large."""
+        self._begin("noise")
+        ratios = []
+        for pair in range(NOISE_PAIRS):
+            asks = [Ask(f"noise {side}", DEFAULT, self.job.start_load / 2, "tune", pair, self.run_s) for side in "ab"]
+            one, other = (self._ask(ask) for ask in asks)
+            if one.counts and other.counts and one.token_s > 0 and other.token_s > 0:
+                ratios.append(math.log(other.token_s / one.token_s))
+            elif not (one.counts and other.counts) and not self.job.accept_noise:
+                detail = one.detail if not one.counts else other.detail
+                raise TooNoisyError(f"the machine is too noisy to tune on ({detail}); quiet it, or give --accept-noise")
+        if not ratios:
+            raise TooNoisyError("no two equal runs could be compared; see the study file")
+        noise = math.sqrt(sum(ratio**2 for ratio in ratios) / len(ratios) / 2)
+        self._say(f"noise between equal runs: {noise:.1%}")
+        if noise > MAX_NOISE and not self.job.accept_noise:
+            raise TooNoisyError(
+                f"equal runs differ by {noise:.0%} (at most {MAX_NOISE:.0%}): this machine is too noisy to tune on; "
+                "quiet it, or give --accept-noise"
+            )
+        return noise
+
+    def _loads(self, setting: Setting, start: float, stage: str, runs: int = 7) -> Loads:
+        """Doubling or halving to both sides of the SLA, then the middle, while there is time."""
+        if stage == "load":
+            self._begin("load")
+        met, failed, load = 0.0, math.inf, start
+        points: list[tuple[float, Observation]] = []
+        step = 2.0 if stage == "load" else 1.3
+        for number in range(runs):
+            if number >= 3 and met and math.isfinite(failed) and self.spent_s + self.run_s > self._until_s:
+                break
+            seen = self._ask(Ask(stage, setting, load, "tune", 100 + number, self.run_s))
+            if not seen.counts and seen.state != "failed":
+                continue  # it says nothing; other arrivals next time
+            points.append((load, seen))
+            if seen.is_met:
+                met = max(met, load)
+                failed = failed if failed > met else math.inf
+            else:
+                failed = min(failed, load)
+                met = met if met < failed else 0.0
+            if not met:
+                load = failed / step
+            elif math.isinf(failed):
+                load = met * step
+            elif failed / met < 1.08:
+                break
+            else:
+                load = math.sqrt(met * failed)
+            if not LOWEST_LOAD <= load <= HIGHEST_LOAD:
+                break
+        found = Loads(setting, met, failed, tuple(points))
+        shown = "no load holds the SLA" if not found.capacity else f"holds the SLA up to about {found.capacity:.3g} x"
+        self._say(f"{text(setting)}: {shown}")
+        return found
+
+    def _screened(self) -> list[Setting]:
+        """All settings by prediction; what the prediction does not tell apart stays in, the simplest first."""
+        everything = candidates(self.job.dimensions, self.job.most_candidates * 2)
+        if self.job.predict is None:
+            return everything[: self.job.most_candidates]
+        self._say(f"screening {len(everything)} settings by simulation")
+        scored = [(setting, self.job.predict(setting)) for setting in everything]
+        return shortlist(scored, self.job.most_candidates, self.job.model_error)
+
+    def _fitting(self, count: int) -> int:
+        """How many can race: half of the race's time is for the first rung."""
+        time_s = (self._until_s - self.spent_s) / 2
+        return max(2, min(count, int(time_s / (self.run_s / 2) * 3 / 4)))
+
+    def _refined(
+        self, racers: Sequence[Racer], finalists: list[Setting], load: float, noise: float, tuned: Tuned
+    ) -> list[Setting]:
+        """Settings that a model of the race's scores proposes, raced against the default while the time lasts."""
+        if self.job.refine is None or not self.job.dimensions:
+            return finalists
+        self._begin("refine")
+        known = [(racer.setting, racer.mean) for racer in racers if racer.pairs]
+        seen = {setting for setting, _ in known} | {DEFAULT} | {racer.setting for racer in racers}
+        added: list[Racer] = []
+        while self.spent_s + 2 * self.run_s <= self._until_s:
+            proposed = self.job.refine(self.job.dimensions, known)
+            if proposed is None or proposed in seen:
+                break
+            seen.add(proposed)
+            result = race(
+                [proposed], self._ask, load=load, first_s=self.run_s, noise=noise, seed=2000 + len(added),
+                has_time=lambda seconds: self.spent_s + seconds <= self._until_s, keep=1,
+            )  # fmt: skip
+            added += result.racers
+            known += [(racer.setting, racer.mean) for racer in result.racers if racer.pairs]
+        tuned.racers = (*racers, *added)
+        return [racer.setting for racer in _still_in(tuned.racers)]
+
+    def _capacities(self, tuned: Tuned, own: Loads, finalists: Sequence[Setting]) -> None:
+        self._begin("capacity")
+        tuned.loads = [own]
+        for number, setting in enumerate(finalists):
+            if number and self.spent_s + 4 * self.run_s > self._until_s:
+                tuned.notes.append(f"no time was left for {text(setting)}")
+                continue
+            tuned.loads.append(self._loads(setting, tuned.load * 1.1, f"capacity {number}", runs=6))
+        tuned.slope = probit_slope([point for loads in tuned.loads for point in loads.points])
+
+    def _certify(self, tuned: Tuned) -> None:
+        self._begin("certify")
+        own, *others = tuned.loads
+        at = {loads.setting: BELOW * loads.capacity for loads in others if loads.capacity}
+        at = dict(sorted(at.items(), key=lambda pair: -pair[1])[:2])
+        if own.capacity is None and not at:
+            tried = min((point for loads in tuned.loads for point in loads.points), key=lambda p: p[0], default=None)
+            term = "" if tried is None else tried[1].margin[0]
+            share = None if tried is None or not term else tried[1].shares[term]
+            told = "nothing ran" if share is None else f"{term}: {1 - share.met / share.n:.1%} of requests miss it"
+            where = "" if tried is None else f" at {tried[1].rate_rps:.2f} requests/s, the lowest load tried"
+            tuned.decision = Decision("not met", None, f"{told}{where}, {_allowed(share)}")
+            return
+        default_load = None if own.capacity is None else BELOW * own.capacity
+        rounds = 2 * len(at) + (default_load is not None)
+        seconds = max(LEAST_RUN_S, (self.job.budget_s - self.spent_s) / (rounds * CERTIFY_SEEDS) * 0.9)
+        tuned.decision, tuned.finalists, tuned.default = certify(
+            self._ask,
+            at,
+            default_load,
+            seconds=round(seconds, 1),
+            seeds=range(9000, 9000 + CERTIFY_SEEDS),
+            slope=tuned.slope,
+            least_gain=max(LEAST_GAIN, 2 * tuned.noise),
+        )
+
+    # --- runs ----------------------------------------------------------------------------------------------------
+
+    def _begin(self, stage: str) -> None:
+        """Time that an earlier stage left over is this one's."""
+        ends, total = 0.0, 0.0
+        for name, share in SHARES.items():
+            total += share
+            if name == stage:
+                ends = total
+        self._until_s = ends * self.job.budget_s
+
+    def _ask(self, ask: Ask) -> Observation:
+        seen = self._study.find(ask)
+        if seen is None:
+            seen = self._measure(ask)
+            self._study.add(ask, seen)
+        self.spent_s += seen.cost_s
+        left = max(0.0, self.job.budget_s - self.spent_s)
+        state = f"{seen.attainment:.1%} good" if seen.counts else seen.state
+        detail = f" ({seen.detail[:160]})" if seen.detail else ""
+        self._say(
+            f"{ask.stage:<18} {text(ask.setting):<44} load {ask.load:.3g} x: {state}{detail}; best {self.best}, "
+            f"{left:.0f} s left"
+        )
+        return seen
+
+
+def _still_in(racers: Sequence[Racer]) -> list[Racer]:
+    return sorted((racer for racer in racers if not racer.out and racer.pairs), key=lambda racer: -racer.mean)
+
+
+def _allowed(share: object) -> str:
+    from setpoint.tune.tune_trial import Share
+
+    return f"{1 - share.level:.1%} may" if isinstance(share, Share) else "nothing more is known"
+
+
+def check_budget(budget_s: float) -> None:
+    if not 30 <= budget_s <= 7 * 86400:
+        raise ConfigError("--budget must be from 30s to 7d")
