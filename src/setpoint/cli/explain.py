@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ import typer
 
 from setpoint.cli.arguments import Json
 from setpoint.cli.console import command_app, print_json, printable
+from setpoint.config import api_key_from_environment
 from setpoint.errors import ConfigError, SetpointError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def explain(
     """Draw the path of one request in time, with the causes of what it waited for."""
     if not _ID.fullmatch(request_id):
         raise ConfigError("REQUEST_ID must be the `id` of an answer, as in chatcmpl-1f0c")
-    document = fetch(request_id, url, api_key or os.environ.get("SETPOINT_API_KEY") or None)
+    document = fetch(request_id, url, api_key or api_key_from_environment())
     if json:
         print_json(document)
         return
