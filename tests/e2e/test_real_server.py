@@ -18,6 +18,8 @@ import httpx
 import openai
 import pytest
 
+from setpoint.cli.main import main
+
 MODEL = "smollm2"
 QUESTION = [{"role": "user", "content": "Name three colours of the rainbow."}]
 
@@ -90,6 +92,25 @@ def test_chat_makes_sense_and_streams_the_same(client: openai.OpenAI) -> None:
     assert whole.usage is not None
     assert whole.usage.completion_tokens > 3
     assert text_of(client.chat.completions.create(**options, stream=True)) == whole.choices[0].message.content
+
+
+def test_an_answer_is_explained(server: Server, client: openai.OpenAI, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=16, temperature=0)
+    began = time.monotonic()
+    document: dict[str, Any] = {"state": "running"}
+    while document["state"] == "running" and time.monotonic() < began + 30:
+        document = httpx.get(f"{server.url}/v1/requests/{answer.id}/explain").json()
+    assert document["state"] == "finished"
+    assert answer.usage is not None
+    assert document["tokens"]["output"] == answer.usage.completion_tokens
+    starts = [span["start_s"] for span in document["path"]] + [document["e2e_s"]]
+    ends = [0.0] + [span["end_s"] for span in document["path"]]
+    assert starts == pytest.approx(ends, abs=1e-6)
+    assert sum(document["causes"].values()) == pytest.approx(document["e2e_s"], abs=1e-6)
+    assert document["advice"]
+    assert main(["explain", answer.id, "--url", server.url]) == 0
+    assert answer.id in capsys.readouterr().out
+    assert main(["explain", "chatcmpl-unknown", "--url", server.url]) == 1
 
 
 def test_two_choices_differ_and_repeat_with_their_seed(client: openai.OpenAI) -> None:

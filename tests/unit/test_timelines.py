@@ -9,10 +9,12 @@ from engine_support import AlwaysDraft, Harness, request, scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from setpoint.engine.scheduler import Scheduler, SchedulerLimits
 from setpoint.engine.timeline import MAX_SPANS, Cause, Kind, Timeline
 from setpoint.engine.timelines import Timelines
 from setpoint.errors import QueueFullError
-from setpoint.runtime.fake import fake_info
+from setpoint.runtime.fake import CostModelRunner, VirtualClock, fake_info
+from setpoint.tune.simulate import turn
 
 SMALL = fake_info(vocab_size=5, num_blocks=9, block_size=4, max_model_len=28)
 
@@ -226,6 +228,24 @@ def test_submission_counts_from_the_inbox_on() -> None:
     assert timeline.submitted == 0.25
     assert timeline.spans[0].kind is Kind.INBOX
     assert dict(timeline.spans[0].parts) == {Cause.STEP_UNDER_WAY: 0.75}
+
+
+def test_a_simulated_request_is_explained_in_virtual_time() -> None:
+    clock = VirtualClock()
+    info = fake_info(num_blocks=64, block_size=4, max_model_len=128)
+    runner, scheduler = CostModelRunner(info, clock), Scheduler(info, SchedulerLimits(2, 16), seed=1)
+    for number in range(5):
+        params = {"max_tokens": 4, "ignore_eos": True, "temperature": 0.0}
+        scheduler.add(request(f"r{number}", range(number, number + 30), **params), clock.seconds)
+    while scheduler.has_work:
+        turn(scheduler, runner, clock)
+    for number in range(5):
+        (timeline,) = scheduler.timelines.read(f"r{number}", clock.seconds) or []
+        assert timeline.finished is not None
+        assert 0 < timeline.finished <= clock.seconds
+        assert_covered(timeline, timeline.finished)
+        assert Cause.BETWEEN_STEPS not in totals(timeline)  # a virtual clock stands still between steps
+    assert totals(timeline)[Cause.PLACES] > 0
 
 
 def test_a_storm_of_preemptions_stays_bounded() -> None:
