@@ -25,11 +25,13 @@ from setpoint.config import (
 from setpoint.engine.engine import Engine, Event
 from setpoint.engine.plan import RunnerInfo
 from setpoint.engine.scheduler import Scheduler, SchedulerLimits
+from setpoint.engine.slo import HeldSla
 from setpoint.engine.speculation.draft_model import DraftModel
 from setpoint.engine.speculation.drafter import Drafter
 from setpoint.engine.speculation.prompt_lookup import PromptLookup
 from setpoint.engine.speculation.speculator import Speculator
 from setpoint.engine.speculation.suffix import CorpusSuffix, SessionSuffix
+from setpoint.engine.step_cost import StepCost
 from setpoint.errors import ConfigError, ModelError, RequestError
 from setpoint.grammar.compiler import GrammarCompiler
 from setpoint.loaders.checkpoint import Checkpoint, open_checkpoint
@@ -163,13 +165,15 @@ def build_engine(
     progress: Progress = silent,
     phase: Callable[[str], None] = lambda name: None,
     chats: bool = True,
+    find_cost: Callable[[str], StepCost | None] = lambda fingerprint: None,
 ) -> Assembly:
     """Everything between a config and `engine.start()`. `phase` is told what begins, for people who wait.
 
+    `find_cost` knows what steps cost, if a probe measured them; the pacer of `--slo` learns it otherwise.
     Without `chats` the chat template is compiled when it is first used, not now: a process less beside the start.
     """
     with _collector_paused():
-        return _build_engine(config, deliver, progress, phase, chats)
+        return _build_engine(config, deliver, progress, phase, chats, find_cost)
 
 
 @contextlib.contextmanager
@@ -190,6 +194,7 @@ def _build_engine(
     progress: Progress,
     phase: Callable[[str], None],
     chats: bool,
+    find_cost: Callable[[str], StepCost | None],
 ) -> Assembly:
     phases: dict[str, float] = {}
     clock = time.monotonic
@@ -220,6 +225,7 @@ def _build_engine(
         speculator = _make_speculator(speculation, draft_model, opened.checkpoint.num_bytes)
         if speculator is not None:
             unfinished.callback(speculator.close)
+        held = None if resolved.slo is None else HeldSla.parse(resolved.slo)
         scheduler = Scheduler(
             runner.info,
             scheduler_limits(resolved),
@@ -227,6 +233,8 @@ def _build_engine(
             seed=resolved.seed,
             speculator=speculator,
             lower=lower,
+            held=held,
+            step_cost=None if held is None else find_cost(_step_fingerprint(opened, resolved)),
         )
         engine = Engine(scheduler, runner, deliver)
         unfinished.pop_all()
@@ -394,9 +402,17 @@ def open_runner(
     return runner, surveyed
 
 
+def _step_fingerprint(opened: _OpenedModel, resolved: EngineConfig) -> str:
+    """Of what the time of a step depends on, besides the machine."""
+    from setpoint.runtime.cpu.runner import fingerprint
+
+    of_model = fingerprint(opened.model, opened.checkpoint, resolved.dtype, resolved.kv_cache_dtype)
+    parts = (__version__, of_model, resolved.num_threads, resolved.isa)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
 def _survey(opened: _OpenedModel, config: EngineConfig) -> Survey:
     from setpoint.runtime.cpu.kv_layout import BLOCK_TOKENS, divide, group_shapes
-    from setpoint.runtime.cpu.runner import fingerprint
 
     facts, machine = model_facts(opened.model, opened.checkpoint.num_bytes), this_machine()
     resolved, _ = resolve(config, machine, facts)
@@ -405,8 +421,6 @@ def _survey(opened: _OpenedModel, config: EngineConfig) -> Survey:
     kv_dtype, budget = resolved.kv_cache_dtype, resolved.max_num_batched_tokens
     shapes = group_shapes(opened.model, kv_dtype, resolved.max_model_len, budget)
     groups = divide(shapes, resolved.kv_cache_memory_bytes, resolved.max_num_seqs)
-    of_model = fingerprint(opened.model, opened.checkpoint, resolved.dtype, kv_dtype)
-    parts = (__version__, of_model, resolved.num_threads, resolved.isa)
     return Survey(
         config=resolved,
         info=RunnerInfo(opened.model.vocab_size, resolved.max_model_len, groups, BLOCK_TOKENS),
@@ -415,7 +429,7 @@ def _survey(opened: _OpenedModel, config: EngineConfig) -> Survey:
         kv_token_bytes=facts.kv_bytes_per_token(kv_dtype),
         step_bytes=facts.step_bytes_per_token * budget,
         available_bytes=machine.available_memory_bytes,
-        fingerprint=hashlib.sha256(repr(parts).encode()).hexdigest(),
+        fingerprint=_step_fingerprint(opened, resolved),
     )
 
 

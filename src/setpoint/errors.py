@@ -10,6 +10,7 @@
     ├── RequestError           the client asked for something invalid              HTTP 400
     │   └── ContextLengthError     prompt (plus output) longer than the context
     ├── QueueFullError         the bounded queue is full                           HTTP 429
+    │   └── ShedError              the request would miss its target and others' too   HTTP 429
     └── EngineError            the engine failed while serving the request         HTTP 500
         ├── EngineDeadError        the engine is not running any more              HTTP 503
         └── OutputViolationError   the output does not have the structure asked for
@@ -73,6 +74,10 @@ class QueueFullError(SetpointError):
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class ShedError(QueueFullError):
+    pass
 
 
 class EngineError(SetpointError):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from setpoint.cli.console import DownloadBar, command_app, status
 from setpoint.cli.knobs import with_knobs
 from setpoint.config import EngineConfig, ServerConfig, api_key_from_environment, log_level
 from setpoint.errors import ConfigError
+
+if TYPE_CHECKING:
+    from setpoint.engine.step_cost import StepCost
 
 app = command_app("Serve a model over an OpenAI-compatible HTTP API.")
 
@@ -39,6 +42,7 @@ def serve(
     """Serve MODEL until SIGTERM or Ctrl-C; then finish what runs (--shutdown-timeout) and leave with 0."""
     from setpoint.assemble import build_engine
     from setpoint.cli.recording import record_server
+    from setpoint.engine.slo import HeldSla
     from setpoint.server.auth import KeyRing, check_bind
     from setpoint.server.context import ServerContext, ServerSettings
     from setpoint.server.events import EventRouter
@@ -47,6 +51,8 @@ def serve(
     from setpoint.server.run import serve as run_server
 
     config, http = configure(model=model), configure_server()
+    if config.slo is not None:
+        HeldSla.parse(config.slo)
     if recipe is not None:
         config = with_recipe(config, recipe, anyway=recipe_anyway)
     if check_config:
@@ -62,7 +68,7 @@ def serve(
     try:
         router = EventRouter()
         with DownloadBar() as bar:
-            assembly = build_engine(config, router.deliver, progress=bar, phase=status)
+            assembly = build_engine(config, router.deliver, progress=bar, phase=status, find_cost=_probed_cost)
         name = http.served_model_name or _display_name(model)
         context = ServerContext(
             engine=assembly.engine,
@@ -132,6 +138,19 @@ def with_recipe(config: EngineConfig, path: Path, *, anyway: bool) -> EngineConf
     what = f"UNCERTIFIED ({'; '.join(problems)})" if problems else found.verdict
     print(f"setpoint: recipe {path.name}: {what}", file=sys.stderr, flush=True)
     return replace(config, **rest)
+
+
+def _probed_cost(fingerprint: str) -> StepCost | None:
+    """What `setpoint probe` measured here for this model."""
+    from setpoint.tune.calibration_store import load_calibration
+    from setpoint.tune.machine import this_identity
+
+    found = load_calibration(
+        this_identity(), fingerprint, lambda problem: print(f"setpoint: {problem}", file=sys.stderr)
+    )
+    if found is None:
+        print("setpoint: no probe of this model; --slo learns what steps cost as it serves", file=sys.stderr)
+    return None if found is None else found.cost
 
 
 def _display_name(model: str) -> str:

@@ -109,6 +109,11 @@ class EngineConfig:
         unit="JSON",
         search=("off", '{"num_speculative_tokens": 2}', '{"num_speculative_tokens": 5}', "auto"),
     )
+    slo: str | None = knob(
+        None,
+        "Targets to hold while load changes, such as ttft.p95<200ms,tpot.p95<30ms: steps are sized and prompts ordered "
+        "by them, and what cannot be in time gets 429. Default: none.",
+    )
     num_threads: int | None = knob(
         None, "Compute threads. Default: one per CPU we may use.", unit="threads", low=1, high=1024
     )

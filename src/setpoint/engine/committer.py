@@ -6,6 +6,7 @@ from setpoint.engine.drafting import Drafting
 from setpoint.engine.events import Event
 from setpoint.engine.kv_cache import KVCache
 from setpoint.engine.kv_moves import KVMoves
+from setpoint.engine.pacer import Pacer
 from setpoint.engine.plan import EntryResult, PlanEntry, StepPlan, StepResult
 from setpoint.engine.roster import Roster
 from setpoint.engine.rows import take_rows
@@ -26,6 +27,7 @@ class Committer:
         counters: Counters,
         events: list[Event],
         vocab_size: int,
+        pacer: Pacer | None,
     ) -> None:
         self._kv = kv
         self._roster = roster
@@ -34,6 +36,7 @@ class Committer:
         self._counters = counters
         self._events = events
         self._vocab_size = vocab_size
+        self._pacer = pacer
 
     def commit(self, plan: StepPlan, result: StepResult, now: float, *, planned_at: float, jump: bool) -> None:
         """With `jump`, tokens that a grammar forces are taken at once."""
@@ -53,6 +56,8 @@ class Committer:
                 if isinstance(error, OutputViolationError):
                     self._counters.output_violations += 1
                 self._events += self._roster.fail(seq.owner, error, now)
+        if self._pacer is not None:
+            self._pacer.observe(plan, seconds, now)
         if plan.entries and self._drafting.is_on:
             lengths = [(len(entry.token_ids), entry.num_drafts) for entry in plan.entries]
             num_prefill = sum(length for length, drafts in lengths if length > 1 + drafts)
@@ -78,6 +83,8 @@ class Committer:
         self._kv.settle(seq)
         if outcome.finish_reason is not None:
             self._drafting.finished(seq)
+            if self._pacer is not None:
+                self._pacer.finished(seq, now)
             self._events.append(self._roster.finish(seq, outcome, now))
         elif num_drawn:
             self._events.append(self._roster.event(seq, outcome, now))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from setpoint.engine.drafting import Drafting
@@ -9,6 +10,7 @@ from setpoint.engine.events import Event
 from setpoint.engine.kv_cache import KVCache
 from setpoint.engine.kv_moves import KVMoves
 from setpoint.engine.limits import SchedulerLimits
+from setpoint.engine.pacer import Paced, Pacer
 from setpoint.engine.plan import KVRestore, PlanEntry, StepPlan
 from setpoint.engine.roster import Roster
 from setpoint.engine.rows import Outcome, build_rows
@@ -47,7 +49,14 @@ class Planner:
     """`events` receives the ends of requests that are met while planning."""
 
     def __init__(
-        self, kv: KVCache, roster: Roster, moves: KVMoves, drafting: Drafting, counters: Counters, events: list[Event]
+        self,
+        kv: KVCache,
+        roster: Roster,
+        moves: KVMoves,
+        drafting: Drafting,
+        counters: Counters,
+        events: list[Event],
+        pacer: Pacer | None,
     ) -> None:
         self._kv = kv
         self._roster = roster
@@ -56,6 +65,7 @@ class Planner:
         self._counters = counters
         self._events = events
         self.late_masks = False  # those of grammars are computed while the model runs, not here
+        self._pacer = pacer
         self.blocked: tuple[int, int, tuple[int, ...]] | None = None  # see _may_retry
 
     def plan(self, limits: SchedulerLimits, now: float) -> StepPlan:
@@ -65,15 +75,19 @@ class Planner:
         prefills: list[Sequence] = []
         for seq in self._roster.running:
             (prefills if len(seq.token_ids) - seq.num_computed > 1 else decodes).append(seq)
+        waiting, max_running, paced = self._roster.waiting, limits.max_num_seqs, None
+        if self._pacer is not None:
+            paced = self._pacer.choose(decodes, prefills, waiting, limits, self._counters.preemptions, now)
+            step.budget, max_running = paced.budget, paced.max_running
         if decodes and self._drafting.is_on:
-            self._draft(decodes, prefills, step)
-        for seq in (*decodes, *prefills):
+            self._draft(decodes, prefills, step, paced)
+        for seq in (*decodes, *(prefills if paced is None else paced.prefills)):
             try:
                 self._advance(seq, step)
             except Exception as error:
                 self._fail(seq, error, step)
-        if self._roster.waiting:
-            self._admit_waiting(step)
+        if waiting:
+            self._admit_waiting(step, waiting if paced is None else paced.waiting, max_running)
             for seq in [seq for seq in self._roster.timelines.aside.values() if not self._steps_aside(seq, now)]:
                 self._roster.timelines.wait_again(seq)
         self._roster.timelines.planned(limits, step.budget, step.entries, self._roster)
@@ -86,13 +100,15 @@ class Planner:
             step.drop(sibling.seq_id)
         self._events += self._roster.fail(seq.owner, error, step.now)
 
-    def _draft(self, decodes: list[Sequence], prefills: list[Sequence], step: _Step) -> None:
+    def _draft(self, decodes: list[Sequence], prefills: list[Sequence], step: _Step, paced: Paced | None) -> None:
         """Ask for drafts, leaving a token of budget to every running sequence."""
         roster = self._roster
         num_prefill = sum(len(seq.token_ids) - seq.num_computed for seq in prefills)
         if roster.waiting and len(roster.running) < step.limits.max_num_seqs:
             num_prefill += roster.waiting[0].num_tokens
         num_prefill, room = min(num_prefill, step.budget - len(decodes)), step.budget - len(roster.running)
+        if paced is not None and paced.draft_room is not None:
+            room = min(room, paced.draft_room)
         self._drafting.draft(decodes, num_prefill, room, step.limits.max_drafts)
 
     # --- running sequences ---------------------------------------------------------------------------------------
@@ -149,12 +165,12 @@ class Planner:
 
     # --- waiting sequences ---------------------------------------------------------------------------------------
 
-    def _admit_waiting(self, step: _Step) -> None:
+    def _admit_waiting(self, step: _Step, waiting: Iterable[Sequence], max_running: int) -> None:
         """Start waiting sequences in order until budget, places or blocks run out."""
-        running, max_running = self._roster.running, step.limits.max_num_seqs
+        running = self._roster.running
         if len(running) >= max_running:
             return
-        for seq in list(self._roster.waiting):
+        for seq in list(waiting):
             if step.budget <= 0 or len(running) >= max_running:
                 return
             is_waiting = seq.status is SequenceStatus.WAITING
@@ -206,6 +222,8 @@ class Planner:
         if seq.first_scheduled_time is None:
             roster.count_start(seq, step.now)
         roster.timelines.start(seq, fetch, step.now)
+        if self._pacer is not None:
+            self._pacer.started(seq)
         if seq.restore is not None and not self._restore(seq, step):
             return
         covered = kv.grow(seq, seq.num_computed + min(seq.num_tokens - seq.num_computed, step.budget))

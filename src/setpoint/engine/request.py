@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from setpoint.engine.constraint import Grammar
 from setpoint.engine.sampling import SamplingParams
+from setpoint.engine.slo import Slo
 from setpoint.errors import RequestError
 
 MAX_PRIORITY = 127
@@ -29,6 +30,7 @@ class Request:
     session_id: str = ""  # of the tenant; keeps this prefix for the next request. "" = none
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
     grammar: Grammar | None = None  # of `params.structured_outputs`, compiled
+    slo: Slo | None = None  # its own targets, where the engine holds an SLA
     submitted_time: float | None = field(default=None, repr=False, compare=False)  # set when it is counted in
 
     def validate(self, *, vocab_size: int, max_model_len: int) -> None:

@@ -17,6 +17,7 @@ from setpoint.engine.kv_cache import KVCache
 from setpoint.engine.kv_moves import KVMoves
 from setpoint.engine.limits import SchedulerLimits
 from setpoint.engine.lower_tiers import LowerTiers
+from setpoint.engine.pacer import Pacer
 from setpoint.engine.plan import LogitsRow, PlanEntry, RowSampling, RunnerInfo, StepPlan, StepResult
 from setpoint.engine.planner import Planner
 from setpoint.engine.queue_gate import QueueGate
@@ -24,9 +25,11 @@ from setpoint.engine.request import Request
 from setpoint.engine.roster import Roster
 from setpoint.engine.sequence import Sequence
 from setpoint.engine.sessions import SessionLimits, Sessions
+from setpoint.engine.slo import HeldSla
 from setpoint.engine.stats import Counters
+from setpoint.engine.step_cost import StepCost
 from setpoint.engine.timelines import Timelines
-from setpoint.errors import ConfigError
+from setpoint.errors import ConfigError, QueueFullError
 
 __all__ = ["DraftPlanner", "Scheduler", "SchedulerLimits"]
 
@@ -45,7 +48,10 @@ class Scheduler:
         seed: int | None = None,
         speculator: DraftPlanner | None = None,
         lower: LowerTiers | None = None,
+        held: HeldSla | None = None,
+        step_cost: StepCost | None = None,
     ) -> None:
+        """`held` is what a pacer holds, by the measured `step_cost` or what it learns of steps itself."""
         if not info.kv_groups or any(group.num_blocks < 1 for group in info.kv_groups) or info.block_size < 1:
             raise ConfigError("the KV cache holds no block; raise --kv-cache-memory-bytes")
         self.limits = limits or SchedulerLimits()
@@ -68,9 +74,10 @@ class Scheduler:
         self._moves = KVMoves(self.kv, roster)
         self._events: list[Event] = []  # of the step under way
         step_parts = self.kv, roster, self._moves, self._drafting, self.counters, self._events
-        self._planner = Planner(*step_parts)
+        self.pacer = pacer = None if held is None else Pacer(held, step_cost, info.kv_groups)
+        self._planner = Planner(*step_parts, pacer)
         self._planner.late_masks = info.late_masks
-        self._committer = Committer(*step_parts, info.vocab_size)
+        self._committer = Committer(*step_parts, info.vocab_size, pacer)
         self._planned_at = 0.0
 
     # --- requests in and out -------------------------------------------------------------------------------------
@@ -82,11 +89,22 @@ class Scheduler:
 
     def reserve(self, request: Request, now: float) -> None:
         """Count the request into the bounded queue, or raise QueueFullError. Thread-safe; `enqueue` must follow."""
-        self.queue.enter(len(request.prompt_token_ids), now)
         request.submitted_time = now
+        if self.pacer is not None:
+            self.pacer.admit(request, now)
+        try:
+            self.queue.enter(len(request.prompt_token_ids), now)
+        except QueueFullError:
+            self._arrived(request)
+            raise
+
+    def _arrived(self, request: Request) -> None:
+        if self.pacer is not None:
+            self.pacer.forget(request)
 
     def enqueue(self, request: Request, now: float) -> None:
         """Let a validated, reserved request wait for its turn."""
+        self._arrived(request)
         self._roster.enqueue(request, now)
 
     def add(self, request: Request, now: float) -> None:

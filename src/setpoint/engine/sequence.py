@@ -17,6 +17,7 @@ from setpoint.engine.sessions import Session
 from setpoint.engine.timeline import Timeline
 
 if TYPE_CHECKING:
+    from setpoint.engine.pacer import Pace
     from setpoint.engine.speculation.speculator import SequenceRecord
 
 MAX_JUMP = 128  # tokens that a grammar may force at once: bounds what one sequence does between two steps
@@ -77,6 +78,7 @@ class Sequence:
         "num_reported",
         "order",
         "owner",
+        "pace",
         "params",
         "prompt_logprobs",
         "restore",
@@ -111,6 +113,7 @@ class Sequence:
         self.drafts: list[int] = []  # to be verified in the step under way
         self.draft_states: dict[str, object] = {}  # by drafter: what each notes of it
         self.speculation: SequenceRecord | None = None  # how its drafts fare; the scheduler never looks inside
+        self.pace: Pace | None = None  # its deadlines, where the engine holds an SLA
         self.block_tables = tuple(array("i") for _ in range(num_groups))
         self.first_live = [0] * num_groups  # per group: logical blocks below it are -1
         self.block_keys: list[bytes] = []  # prefix-tree keys of the first full blocks of token_ids

@@ -21,6 +21,7 @@ from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
 from setpoint.engine.scheduler import Scheduler, SchedulerLimits
 from setpoint.engine.sequence import Sequence
+from setpoint.engine.slo import HeldSla
 from setpoint.engine.speculation.drafter import Draft
 from setpoint.engine.speculation.speculator import Speculator
 from setpoint.engine.step_cost import ShapeOf, StepCost, StepShape
@@ -45,6 +46,8 @@ class EngineSetup:
     cost: StepCost
     prefix_caching: bool = True
     survival: tuple[float, ...] = ()
+    held: HeldSla | None = None  # what a pacer holds
+    probed: bool = True  # whether that pacer was given the cost, or has to learn it
 
     def __post_init__(self) -> None:
         falls = all(after <= before for before, after in zip(self.survival, self.survival[1:], strict=False))
@@ -185,7 +188,13 @@ class _World:
             drafter = SurvivalDrafter(setup.survival, self.runner.token_at, seed)
             speculator = Speculator([drafter], clock=self.clock)
         self.scheduler = Scheduler(
-            setup.info, setup.limits, enable_prefix_caching=setup.prefix_caching, seed=seed, speculator=speculator
+            setup.info,
+            setup.limits,
+            enable_prefix_caching=setup.prefix_caching,
+            seed=seed,
+            speculator=speculator,
+            held=setup.held,
+            step_cost=setup.cost if setup.probed else None,
         )
         self.arrivals = Arrivals(trace)
         self.prompts = prompts or PromptTokens(trace, setup.info.vocab_size)

@@ -7,20 +7,14 @@ late for the client counts as infinitely slow. `error.rate` is the share of arri
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from setpoint.errors import ConfigError
+from setpoint.engine.slo import METRICS, PERCENTILES, STATISTICS, read_terms
 
-METRICS = ("ttft", "tpot", "itl", "stall", "e2e")
-PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
-STATISTICS = (*PERCENTILES, "mean", "max")
-_UNITS = {"ms": 1e-3, "s": 1.0, "us": 1e-6}
-_TERM = re.compile(r"([a-z0-9]+)\.([a-z0-9]+)\s*<\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|us|s|%)")
-MAX_TERMS = 16
+__all__ = ["METRICS", "PERCENTILES", "STATISTICS", "Sla", "Term", "Timing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +88,7 @@ class Sla:
     @classmethod
     def parse(cls, text: str) -> Sla:
         """Raises ConfigError naming the term."""
-        parts = [part.strip() for part in text.split(",")]
-        if not text.strip() or len(parts) > MAX_TERMS:
-            raise ConfigError(f"an SLA has 1 to {MAX_TERMS} terms, such as ttft.p95<200ms,tpot.p95<30ms")
-        terms = tuple(_term(part) for part in parts)
-        names = [(term.metric, term.statistic) for term in terms]
-        if len(set(names)) != len(names):
-            raise ConfigError(f"the SLA {text[:200]!r} bounds the same statistic twice")
-        return cls(terms)
+        return cls(tuple(Term(*term) for term in read_terms(text)))
 
     def __str__(self) -> str:
         return ",".join(map(str, self.terms))
@@ -139,24 +126,3 @@ def _values(timing: Timing, metric: str) -> Sequence[float]:
     if metric == "tpot":
         return () if timing.tpot_s is None else (timing.tpot_s,)
     return ({"ttft": timing.ttft_s, "stall": timing.stall_s, "e2e": timing.e2e_s}[metric],)
-
-
-def _term(text: str) -> Term:
-    found = _TERM.fullmatch(text)
-    if found is None:
-        raise ConfigError(f"the SLA term {text[:64]!r} is not of the form metric.statistic<value unit")
-    metric, statistic, number, unit = found.groups()
-    if metric == "error":
-        if statistic != "rate" or unit != "%":
-            raise ConfigError(f"the SLA term {text[:64]!r}: errors are bounded as error.rate<0.1%")
-        return Term(metric, statistic, float(number) / 100)
-    if metric not in METRICS:
-        raise ConfigError(f"the SLA term {text[:64]!r}: choose one of {', '.join(METRICS)}, error")
-    if statistic not in STATISTICS:
-        raise ConfigError(f"the SLA term {text[:64]!r}: choose one of {', '.join(STATISTICS)}")
-    if unit == "%":
-        raise ConfigError(f"the SLA term {text[:64]!r} needs a time: ms or s")
-    bound = float(number) * _UNITS[unit]
-    if bound <= 0:
-        raise ConfigError(f"the SLA term {text[:64]!r}: the bound must be above 0")
-    return Term(metric, statistic, bound)
