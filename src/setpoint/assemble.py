@@ -165,15 +165,16 @@ def build_engine(
     progress: Progress = silent,
     phase: Callable[[str], None] = lambda name: None,
     chats: bool = True,
+    held: HeldSla | None = None,
     find_cost: Callable[[str], StepCost | None] = lambda fingerprint: None,
 ) -> Assembly:
     """Everything between a config and `engine.start()`. `phase` is told what begins, for people who wait.
 
-    `find_cost` knows what steps cost, if a probe measured them; the pacer of `--slo` learns it otherwise.
+    With `held`, steps are paced; `find_cost` knows what they cost if a probe measured them, or else it is learnt.
     Without `chats` the chat template is compiled when it is first used, not now: a process less beside the start.
     """
     with _collector_paused():
-        return _build_engine(config, deliver, progress, phase, chats, find_cost)
+        return _build_engine(config, deliver, progress, phase, chats, held, find_cost)
 
 
 @contextlib.contextmanager
@@ -194,6 +195,7 @@ def _build_engine(
     progress: Progress,
     phase: Callable[[str], None],
     chats: bool,
+    held: HeldSla | None,
     find_cost: Callable[[str], StepCost | None],
 ) -> Assembly:
     phases: dict[str, float] = {}
@@ -225,7 +227,6 @@ def _build_engine(
         speculator = _make_speculator(speculation, draft_model, opened.checkpoint.num_bytes)
         if speculator is not None:
             unfinished.callback(speculator.close)
-        held = None if resolved.slo is None else HeldSla.parse(resolved.slo)
         scheduler = Scheduler(
             runner.info,
             scheduler_limits(resolved),

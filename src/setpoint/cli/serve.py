@@ -51,8 +51,7 @@ def serve(
     from setpoint.server.run import serve as run_server
 
     config, http = configure(model=model), configure_server()
-    if config.slo is not None:
-        HeldSla.parse(config.slo)
+    held = None if http.slo is None else HeldSla.parse(http.slo)
     if recipe is not None:
         config = with_recipe(config, recipe, anyway=recipe_anyway)
     if check_config:
@@ -68,7 +67,9 @@ def serve(
     try:
         router = EventRouter()
         with DownloadBar() as bar:
-            assembly = build_engine(config, router.deliver, progress=bar, phase=status, find_cost=_probed_cost)
+            assembly = build_engine(
+                config, router.deliver, progress=bar, phase=status, held=held, find_cost=_probed_cost
+            )
         name = http.served_model_name or _display_name(model)
         context = ServerContext(
             engine=assembly.engine,

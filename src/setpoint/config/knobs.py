@@ -109,11 +109,6 @@ class EngineConfig:
         unit="JSON",
         search=("off", '{"num_speculative_tokens": 2}', '{"num_speculative_tokens": 5}', "auto"),
     )
-    slo: str | None = knob(
-        None,
-        "Targets to hold while load changes, such as ttft.p95<200ms,tpot.p95<30ms: steps are sized and prompts ordered "
-        "by them, and what cannot be in time gets 429. Default: none.",
-    )
     num_threads: int | None = knob(
         None, "Compute threads. Default: one per CPU we may use.", unit="threads", low=1, high=1024
     )
@@ -148,6 +143,11 @@ class ServerConfig:
     api_key: tuple[str, ...] = knob((), "Accepted API key; may be given several times, or SETPOINT_API_KEY.")
     api_key_file: str | None = knob(None, "File of accepted API keys, one a line; read again when it changes.")
     open_metrics: bool = knob(False, "Serve /metrics without a key even when keys are set.")
+    slo: str | None = knob(
+        None,
+        "Targets to hold while load changes, such as ttft.p95<200ms,tpot.p95<30ms: steps are sized and prompts ordered "
+        "by them, and what cannot be in time gets 429. Default: none.",
+    )
     shutdown_timeout: float = knob(
         30.0, "Time that running requests get after SIGTERM.", unit="seconds", low=0, high=3600
     )
