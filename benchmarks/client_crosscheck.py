@@ -1,6 +1,7 @@
 """The open-loop client beside an independent one: same server, same messages, same moments of sending.
 
     python benchmarks/client_crosscheck.py [--model smollm2-135m] [--rate 2] [--requests 40] [--rounds 3]
+    python benchmarks/client_crosscheck.py --guidellm VENV/bin/guidellm       GuideLLM 0.8, from PyPI in its own venv
 
 The other client is the official openai package on httpx, with stamps of its own, started at each request's moment. Both
 take turns on one `setpoint serve`; other salts in the texts keep either from finding the other's prefixes. Reported are
@@ -19,6 +20,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,10 @@ from setpoint.workload.trace import Trace, TraceHeader, TraceRequest
 FIGURES = {"ttft_p50": ("ttft", 50), "ttft_p95": ("ttft", 95), "tpot_p50": ("tpot", 50), "tpot_p95": ("tpot", 95)}
 
 
-def traffic(count: int, rate: float, salt: str) -> Trace:
+def traffic(count: int, rate: float, salt: str, is_constant: bool = False) -> Trace:
     """Poisson arrivals, prompts of 50 to 250 words, answers of 16 to 64 tokens; salts change the text alone."""
     rng = np.random.default_rng(1)
-    arrivals = np.cumsum(rng.exponential(1 / rate, count))
+    arrivals = np.arange(count) / rate if is_constant else np.cumsum(rng.exponential(1 / rate, count))
     prompts: Prompts[str] = Prompts(words(), 16, salt)
     requests = []
     for index, at in enumerate(arrivals.tolist()):
@@ -94,6 +96,28 @@ async def theirs(url: str, model: str, trace: Trace) -> dict[str, list[float]]:
     return found
 
 
+def guidellm(program: Path, url: str, model: str, trace: Trace, rate: float) -> dict[str, list[float]]:
+    """Its "inter-token latency" is our TPOT: (last token - first token) / (tokens - 1)."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, out = Path(folder) / "data.jsonl", Path(folder) / "out.json"
+        rows = [
+            {"prompt": r.messages[0]["content"], "output_tokens_count": r.output_tokens}
+            for r in trace.requests
+            if r.messages
+        ]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command = [program, "run", "--backend", f"kind=openai_http,target={url},model={model}", "--disable-progress"]
+        command += ["--profile", f"kind=constant,rate={rate:g}", "--constraint", f"kind=max_requests,count={len(rows)}"]
+        command += ["--data", f"kind=json_file,path={data}", "--output", f"kind=json,path={out}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
+        requests = json.loads(out.read_text())["benchmarks"][0]["requests"]["successful"]
+    assert len(requests) == len(rows)
+    return {
+        "ttft": [request["time_to_first_token_ms"] / 1e3 for request in requests],
+        "tpot": [request["inter_token_latency_ms"] / 1e3 for request in requests],
+    }
+
+
 def serve(model: str) -> tuple[subprocess.Popen[bytes], str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -118,6 +142,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2.0)
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--guidellm", type=Path, help="its program; the other client is then GuideLLM")
     parser.add_argument("--output", type=Path, help="where the document goes, besides stdout")
     given = parser.parse_args()
     process, url = serve(given.model)
@@ -129,8 +154,13 @@ def main() -> None:
             order = ("ours", "theirs") if number % 2 == 0 else ("theirs", "ours")
             found: dict[str, dict[str, list[float]]] = {}
             for client in order:
-                trace = traffic(given.requests, given.rate, f"{client}{number}")
-                found[client] = ours(url, trace, client) if client == "ours" else asyncio.run(theirs(url, model, trace))
+                trace = traffic(given.requests, given.rate, f"{client}{number}", given.guidellm is not None)
+                if client == "ours":
+                    found[client] = ours(url, trace, client)
+                elif given.guidellm is not None:
+                    found[client] = guidellm(given.guidellm, url, model, trace, given.rate)
+                else:
+                    found[client] = asyncio.run(theirs(url, model, trace))
             row: dict[str, Any] = {}
             for name, (metric, level) in FIGURES.items():
                 pair = [float(np.percentile(found[client][metric], level) * 1e3) for client in ("ours", "theirs")]
@@ -143,8 +173,9 @@ def main() -> None:
         process.wait(30)
     ratios = {name: round(statistics.median(row[name]["ratio"] for row in rounds), 3) for name in FIGURES}
     print(", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()))
-    options = {name: value for name, value in vars(given).items() if name != "output"}
-    document = json.dumps({**options, "other": "openai-python on httpx", "ratios": ratios, "rounds": rounds})
+    other = "openai-python on httpx" if given.guidellm is None else "GuideLLM 0.8"
+    options = {name: value for name, value in vars(given).items() if name not in ("output", "guidellm")}
+    document = json.dumps({**options, "other": other, "ratios": ratios, "rounds": rounds})
     if given.output is not None:
         given.output.write_text(document + "\n")
     print(document)
