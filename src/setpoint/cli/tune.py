@@ -240,9 +240,18 @@ def _with_prediction(
             break
     start = min(max(load, 1 / 32), 128.0)
     say(f"setpoint: simulation expects the default to hold the SLA up to about {start:.3g} times the trace's load")
+    known: dict[Any, float] = {}
+
+    def predict(setting: Setting) -> float:
+        """Guessing is not simulated: settings that differ in nothing else are predicted alike."""
+        hot = tuple(pair for pair in setting if pair[0] != "speculative_config")
+        if hot not in known:
+            known[hot] = float(seen(hot, start).score)
+        return known[hot]
+
     return replace(
         job,
         start_load=start,
-        predict=lambda setting: float(seen(setting, start).score),
+        predict=predict,
         model_error=max(calibration.left_out_median, 0.02),
     )

@@ -127,7 +127,7 @@ def probit_slope(points: Sequence[tuple[float, Observation]]) -> float:
     mean_x, mean_y = (sum(column) / len(usable) for column in zip(*usable, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in usable)
     fall = -sum((x - mean_x) * (y - mean_y) for x, y in usable) / spread
-    return min(max(fall, LEAST_SLOPE), MOST_SLOPE)
+    return float(min(max(fall, LEAST_SLOPE), MOST_SLOPE))
 
 
 def _term(name: str, shares: Sequence[Share], confidence: float, num_terms: int) -> TermCertificate:

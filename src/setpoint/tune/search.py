@@ -6,7 +6,9 @@ sequence (Halton 1960) over all of them: with a handful of hot knobs both togeth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,6 +16,7 @@ from setpoint.config import EngineConfig, knob_of
 
 Setting = tuple[tuple[str, Any], ...]  # (knob, value) that differ from the default, in the order of declaration
 DEFAULT: Setting = ()
+ALL_OF = 4  # times the points that were asked for: so many are not sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +86,23 @@ def _radical_inverse(index: int, base: int) -> float:
 
 
 def candidates(dimensions: Sequence[Dimension], count: int) -> list[Setting]:
-    """Coordinates and scattered points, each once; never the default."""
-    found = list(dict.fromkeys([*coordinates(dimensions), *scattered(dimensions, count)]))
+    """Coordinates and scattered points, each once; never the default. Everything, where that is not many times more."""
+    rest: Iterable[Setting] = scattered(dimensions, count)
+    if math.prod(len(d.values) for d in dimensions) <= ALL_OF * count:
+        rest = (setting_of(dimensions, values) for values in itertools.product(*(d.values for d in dimensions)))
+    found = list(dict.fromkeys([*coordinates(dimensions), *rest]))
     return [setting for setting in found if setting != DEFAULT]
 
 
 def shortlist(scored: Sequence[tuple[Setting, float]], count: int, model_error: float) -> list[Setting]:
-    """By predicted score in log units: those within three model errors of the best, the best first.
+    """By predicted score in log units: those within five model errors of the best, the best first.
 
     Equal predictions keep the setting with the fewest overrides first.
     """
     ranked = sorted(scored, key=lambda pair: (-pair[1], len(pair[0])))
     if not ranked:
         return []
-    border = ranked[0][1] - 3 * model_error
+    border = ranked[0][1] - 5 * model_error
     return [setting for setting, score in ranked if score >= border][:count]
 
 

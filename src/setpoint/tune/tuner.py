@@ -45,7 +45,7 @@ class Job:
     model_error: float = 0.1
     start_load: float = 1.0
     accept_noise: bool = False
-    most_candidates: int = 32
+    most_candidates: int = 24
     refine: Callable[[Sequence[Dimension], Sequence[tuple[Setting, float]]], Setting | None] | None = None
 
 
@@ -111,7 +111,7 @@ class Tuner:
             settings[:count],
             self._ask,
             load=load,
-            first_s=self.run_s / 2,
+            first_s=self.run_s / 4,
             noise=noise,
             has_time=lambda seconds: self.spent_s + seconds <= self._until_s,
         )
@@ -196,7 +196,7 @@ class Tuner:
     def _fitting(self, count: int) -> int:
         """How many can race: half of the race's time is for the first rung."""
         time_s = (self._until_s - self.spent_s) / 2
-        return max(2, min(count, int(time_s / (self.run_s / 2) * 3 / 4)))
+        return max(2, min(count, int(time_s / (self.run_s / 4) * 3 / 4)))
 
     def _refined(
         self, racers: Sequence[Racer], finalists: list[Setting], load: float, noise: float, tuned: Tuned
