@@ -61,7 +61,6 @@ def traffic(scenario: str, seconds: float, seed: int) -> Trace:
 def setup(scenario: str) -> EngineSetup:
     blocks = 140 if scenario == "KV pressure" else 2000
     limits = SchedulerLimits(max_num_seqs=64, max_num_batched_tokens=512, max_drafts=4)
-    # Acceptance after the collapse: the speculator was taught before by none, so it starts believing its guesses.
     survival = (0.15, 0.03, 0.01, 0.0) if scenario == "acceptance collapse" else ()
     return EngineSetup(RunnerInfo(4096, 2048, (KVGroup(blocks, None, 1 << 15),), 16), limits, COST, survival=survival)
 

@@ -21,6 +21,7 @@ from setpoint.engine.engine import Engine
 from setpoint.engine.lower_tiers import LowerTiers
 from setpoint.engine.plan import Runner
 from setpoint.engine.scheduler import DraftPlanner, Scheduler, SchedulerLimits
+from setpoint.engine.slo import HeldSla
 from setpoint.grammar.compiler import GrammarCompiler
 from setpoint.runtime.fake import FakeRunner, fake_info
 from setpoint.server.auth import KeyRing
@@ -95,6 +96,7 @@ class House:
         limits: SchedulerLimits | None = None,
         speculator: DraftPlanner | None = None,
         host_bytes: int = 0,
+        held: HeldSla | None = None,
         faults: Callable[[str, str], None] | None = None,
         runner: Runner | None = None,
         template: str | None = TEMPLATE,
@@ -106,7 +108,7 @@ class House:
         self.runner = runner or FakeRunner(info, next_token, step_s=step_s)
         self.router = EventRouter()
         lower = LowerTiers(info, host_bytes=host_bytes) if host_bytes else None
-        scheduler = Scheduler(info, limits, seed=1, speculator=speculator, lower=lower)
+        scheduler = Scheduler(info, limits, seed=1, speculator=speculator, lower=lower, held=held)
         self.engine = Engine(scheduler, self.runner, self.router.deliver, faults=faults)
         self.log = io.StringIO()
         self.context = ServerContext(

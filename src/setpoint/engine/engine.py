@@ -16,11 +16,20 @@ from setpoint.engine.explanation import Explanation, Limits
 from setpoint.engine.inbox import Abort, Inbox
 from setpoint.engine.limits import SchedulerLimits
 from setpoint.engine.loop import EngineLoop
+from setpoint.engine.pacer import Pacer
 from setpoint.engine.plan import Runner
 from setpoint.engine.request import Request
 from setpoint.engine.scheduler import Scheduler
 from setpoint.engine.stats import EngineStats
-from setpoint.errors import ConfigError, EngineDeadError, EngineError, QueueFullError, RequestError, SetpointError
+from setpoint.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineError,
+    QueueFullError,
+    RequestError,
+    SetpointError,
+    ShedError,
+)
 
 __all__ = ["Engine", "EngineLimits", "Event", "Request"]
 
@@ -62,7 +71,9 @@ class Engine:
         self._delivery = Delivery(scheduler, deliver, clock)
         self._loop = EngineLoop(scheduler, runner, self._delivery, self._inbox, clock)
         self._thread: threading.Thread | None = None
-        self._rejected = dict.fromkeys(("invalid", "queue_full", "draining"), 0)  # guarded by the inbox
+        self._rejected = dict.fromkeys(("invalid", "queue_full", "draining"), 0) | (
+            {} if scheduler.pacer is None else {"shed": 0}
+        )  # guarded by the inbox
 
     def start(self) -> None:
         if self._thread is not None:
@@ -100,7 +111,7 @@ class Engine:
             raise
 
     def _count_rejection(self, error: SetpointError) -> None:
-        kinds = {RequestError: "invalid", QueueFullError: "queue_full", EngineDeadError: "draining"}
+        kinds = {RequestError: "invalid", ShedError: "shed", QueueFullError: "queue_full", EngineDeadError: "draining"}
         reason = next((name for kind, name in kinds.items() if isinstance(error, kind)), None)
         if reason is not None:
             with self._inbox:
@@ -166,6 +177,11 @@ class Engine:
     @property
     def is_draining(self) -> bool:
         return self._inbox.is_draining
+
+    @property
+    def pacer(self) -> Pacer | None:
+        """What holds an SLA, if one was given."""
+        return self._scheduler.pacer
 
     def check_alive(self) -> None:
         """Raise EngineDeadError if the engine takes no more work."""

@@ -146,7 +146,7 @@ class Pacer:
             self._inside[request.request_id] = (request.priority, due_s, tokens)
 
     def _judge(self, request: Request, ttft_s: float, tokens: float, door: _Door, now: float) -> None:
-        key = (request.priority, now + ttft_s * MARGIN)
+        key = (request.priority, now + ttft_s)
         inside = self._inside.values()
         ahead = sum(cost for rank, due_s, cost in (*door.prompts, *inside) if (rank, due_s) <= key)
         step_s = door.step_s if door.prompts or inside else 0.0

@@ -41,6 +41,7 @@ def create_app(context: ServerContext) -> FastAPI:
         version=context.version,
         cache_info=context.cache_info,
         grammars=context.grammars,
+        pacer=context.engine.pacer,
     )
     admission = Admission(context)
 
@@ -96,6 +97,7 @@ def _add_routes(app: FastAPI, context: ServerContext, endpoints: Endpoints, metr
         response_class=Response,
     )
     get("/v1/requests/{request_id}/explain", "explain", endpoints.explain)
+    get("/v1/setpoint/decisions", "decisions", endpoints.decisions)
     get("/server_info", "server_info", endpoints.server_info)
 
     async def version() -> Response:

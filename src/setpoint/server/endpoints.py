@@ -32,6 +32,7 @@ from setpoint.server.openai import (
     Wire,
 )
 from setpoint.server.prepare import check_model, prepare_chat, prepare_completion, render, tokenise_text
+from setpoint.server.slo import HEADER, requested_slo
 from setpoint.server.stream import EventStream, Finish, JsonAnswer
 from setpoint.server.structure import compile_structure
 
@@ -73,7 +74,11 @@ class Endpoints:
             body, ignored = await self._read(request, wire_type)
             if body.request_id is not None:
                 request.scope["setpoint.record"].request_id = body.request_id
+            slo = requested_slo(body.slo, request.headers.getlist(HEADER))
+            if slo is not None and context.engine.pacer is None:  # there is nobody to hold it
+                ignored = [*ignored, "slo"]
             job = await self._admission.run(lambda: prepare(context, body, tenant))
+            job = job if slo is None else replace(job, slo=slo)
             wanted = job.prompts[0].params.structured_outputs
             if wanted is not None:
                 job = replace(
@@ -177,6 +182,15 @@ class Endpoints:
         if body is None:
             raise ApiError("not_found", "There is no such request, or it was forgotten.", param="request_id")
         return json_response(body)
+
+    async def decisions(self) -> Response:
+        """What the pacer chose of late and from what; it says nothing of whom it was for."""
+        pacer = self._context.engine.pacer
+        if pacer is None:
+            raise ApiError("not_found", "This server holds no SLA; start it with --slo.")
+        kept = pacer.decisions.latest()
+        documents = await self._admission.run(lambda: [decision.document() for decision in kept])
+        return json_response({"object": "list", "data": documents})
 
     async def server_info(self) -> Response:
         context, settings = self._context, self._context.settings

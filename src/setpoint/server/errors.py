@@ -15,7 +15,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from setpoint.errors import ConfigError, EngineDeadError, QueueFullError, RequestError
+from setpoint.errors import ConfigError, EngineDeadError, QueueFullError, RequestError, ShedError
 
 REASONS: Final = {
     "unknown_field": 400,
@@ -37,6 +37,7 @@ REASONS: Final = {
     "unsupported_media_type": 415,
     "media_rejected": 422,
     "queue_full": 429,
+    "shed": 429,
     "rate_limited": 429,
     "headers_too_large": 431,
     "engine_error": 500,
@@ -133,7 +134,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(reason, str(error), param=error.param, status=400)
         case QueueFullError():
             wait = max(1, math.ceil(error.retry_after_s))
-            return ApiError("queue_full", str(error), headers={"Retry-After": str(wait)})
+            reason = "shed" if isinstance(error, ShedError) else "queue_full"
+            return ApiError(reason, str(error), headers={"Retry-After": str(wait)})
         case EngineDeadError():
             return ApiError("not_ready", "The engine is not running.", headers={"Retry-After": "5"})
         case _:

@@ -21,6 +21,7 @@ from setpoint.server.openai import (
     JsonSchemaFormat,
     Message,
     ResponseFormat,
+    SloFields,
     StreamOptions,
     Structure,
     StructuredOutputsFields,
@@ -71,7 +72,7 @@ _MESSAGE_EXTRAS: Final = ("refusal", "annotations", "audio", "function_call", "t
 _PART_TYPES: Final = ("image_url", "input_audio", "audio_url", "video_url", "file", "input_image", "refusal")
 _NESTED: Final = (
     *(Message, TextPart, StreamOptions, Document),
-    *(ResponseFormat, JsonSchemaFormat, Structure, StructuredOutputsFields),
+    *(ResponseFormat, JsonSchemaFormat, Structure, StructuredOutputsFields, SloFields),
 )
 
 WireT = TypeVar("WireT", bound=Wire)

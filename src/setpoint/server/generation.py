@@ -15,6 +15,7 @@ from setpoint.engine.diagnosis import Divergence
 from setpoint.engine.events import Event, TokenLogprob
 from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
+from setpoint.engine.slo import Slo
 from setpoint.errors import EngineDeadError
 from setpoint.server.context import ServerContext
 from setpoint.server.errors import ApiError, as_api_error
@@ -39,6 +40,7 @@ class Job:
     created: int
     prompts: Sequence[Prompt]
     priority: int = 0
+    slo: Slo | None = None
     cache_salt: str = ""
     session_id: str = ""
     tenant: str = ""
@@ -150,6 +152,7 @@ class Generation:
                         prompt_token_ids=prompt.token_ids,
                         params=prompt.params,
                         priority=job.priority,
+                        slo=job.slo,
                         cache_salt=job.cache_salt,
                         session_id=job.session_id,
                         tenant=job.tenant,

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from setpoint.engine.pacer import Pacer, PacingCounters
 from setpoint.engine.stats import STEP_TOKEN_BOUNDS, EngineStats, SpeculationCounters
 from setpoint.grammar.compiler import GrammarCompiler
 from setpoint.server.generation import Generation
@@ -54,6 +55,7 @@ class Metrics:
         version: str,
         cache_info: Mapping[str, str],
         grammars: GrammarCompiler | None = None,
+        pacer: Pacer | None = None,
     ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
         self._label_values = (model_name, "0")
@@ -75,7 +77,7 @@ class Metrics:
         self._preemptions = self._histogram("request_num_preemptions", "Preemptions of a request.", PREEMPTIONS)
         self._success = self._counter("vllm:request_success", "Finished choices.", "finished_reason")
         self._rejected = self._counter("setpoint_requests_rejected", "Requests answered with an error.", "reason")
-        self._registry.register(_EngineCollector(self._label_values, stats, version, cache_info, grammars))
+        self._registry.register(_EngineCollector(self._label_values, stats, version, cache_info, grammars, pacer))
 
     def page(self) -> bytes:
         return generate_latest(self._registry)
@@ -142,8 +144,10 @@ class _EngineCollector(Collector):
         version: str,
         cache_info: Mapping[str, str],
         grammars: GrammarCompiler | None,
+        pacer: Pacer | None,
     ) -> None:
         self._labels = label_values
+        self._pacer = pacer
         self._grammars = grammars
         self._stats = stats
         self._version = version
@@ -156,6 +160,8 @@ class _EngineCollector(Collector):
         yield self._step_tokens(stats)
         if self._grammars is not None:
             yield from self._grammar_caches(self._grammars)
+        if self._pacer is not None:
+            yield from self._pacing(self._pacer.counters)
         yield self._family(GaugeMetricFamily, "vllm:cache_config_info", "The KV cache.", 1, self._cache_info)
         yield self._family(GaugeMetricFamily, "setpoint_build_info", "This build.", 1, {"version": self._version})
 
@@ -238,6 +244,23 @@ class _EngineCollector(Collector):
             "Time that drafts saved so far, by the measured cost of steps; below zero they cost more than they brought."
         )
         yield self._family(GaugeMetricFamily, "setpoint_spec_decode_saved_seconds", text, totals.saved_seconds)
+
+    def _pacing(self, counters: PacingCounters) -> Iterator[Metric]:
+        for name, text, value in (
+            ("setpoint_slo_step_budget", "Tokens of the last step that had prompts to compute.", counters.budget),
+            ("setpoint_slo_slack_seconds", "Until the next deadline, as of that step.", counters.least_slack_s),
+            ("setpoint_slo_late_prompts", "Prompts that cannot be in time any more.", counters.num_late),
+            ("setpoint_slo_max_running", "Sequences that may run at once.", counters.max_running),
+            ("setpoint_slo_admission_aim", "Share of the TTFT target that arrivals may take.", counters.aim),
+        ):
+            yield self._family(GaugeMetricFamily, name, text, value)
+        shares = {str(rank): share.good for rank, share in dict(counters.classes).items()}
+        shed = {str(rank): count for rank, count in dict(counters.shed).items()}
+        text = "Share of the last answers that met their targets."
+        yield self._split(GaugeMetricFamily, "setpoint_slo_attainment", text, "priority", shares)
+        yield self._split(CounterMetricFamily, "setpoint_slo_shed", "Refused as they would be late.", "priority", shed)
+        text = "Steps whose budget a deadline set."
+        yield self._family(CounterMetricFamily, "setpoint_slo_bound_steps", text, counters.num_bound_steps)
 
     def _grammar_caches(self, grammars: GrammarCompiler) -> Iterator[Metric]:
         counts = grammars.cache_counts()

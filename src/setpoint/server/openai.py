@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from setpoint.engine.json_schemas import MAX_SCHEMA_BYTES, MAX_SCHEMA_PROPERTIES
 from setpoint.engine.sampling import BOUNDS
+from setpoint.engine.slo import LEAST_S, MOST_S
 from setpoint.engine.structural_tags import MAX_TAG_CHARS, MAX_TAGS, MAX_TRIGGERS
 from setpoint.engine.structured_outputs import (
     MAX_CHOICE_CHARS,
@@ -24,6 +25,7 @@ from setpoint.engine.structured_outputs import (
 
 MAX_TEXT: Final = 16 << 20  # characters; the body limit in bytes is the tighter one
 MAX_TOKENS: Final = 1 << 25  # static end of every list of tokens; the model's context is checked later
+MAX_SLO_CHARS: Final = 256
 NAME: Final = r"^[A-Za-z0-9._:-]{1,128}$"
 
 
@@ -103,6 +105,14 @@ class StructuredOutputsFields(Wire):
     disable_additional_properties: bool | None = None
 
 
+SloBound = Annotated[float, Field(ge=LEAST_S * 1e3, le=MOST_S * 1e3)]
+
+
+class SloFields(Wire):
+    ttft_ms: SloBound | None = None
+    tpot_ms: SloBound | None = None
+
+
 class ModelField(Wire):
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
@@ -156,6 +166,7 @@ class GenerationFields(ModelField):
     cache_salt: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[ -~]+$")] | None = None
     request_id: Name | None = None
     session_id: Name | None = None
+    slo: SloFields | Annotated[str, Field(min_length=1, max_length=MAX_SLO_CHARS)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
