@@ -42,7 +42,7 @@ class VirtualTime:
             for _ in range(10):  # let everyone who can run do so
                 await asyncio.sleep(0)
             if self._sleepers and not until.done():
-                self._sleepers.sort()
+                self._sleepers.sort(key=lambda sleeper: sleeper[:2])
                 self.now, _, future = self._sleepers.pop(0)
                 if not future.done():
                     future.set_result(None)
