@@ -18,6 +18,7 @@ from setpoint.tune.recipe import Recipe, RecipeError, mismatches, parse_recipe, 
 from setpoint.tune.search import DEFAULT, Setting, candidates, coordinates, scattered, shortlist, space
 from setpoint.tune.sla import Sla
 from setpoint.tune.tune_outcome import recipe_of
+from setpoint.tune.tune_report import tune_page
 from setpoint.tune.tune_study import Study, StudyError
 from setpoint.tune.tune_trial import Ask, Observation, Share, check_sla, observe
 from setpoint.tune.tuner import Job, TooNoisyError, Tuned, Tuner, check_budget
@@ -217,6 +218,19 @@ def test_a_recipe_is_read_as_it_was_written_and_nothing_else(tmp_path: Path) -> 
     path.write_text("recipe = ")
     with pytest.raises(RecipeError, match="TOML"):
         read_recipe(path)
+
+
+def test_the_page_tells_all_and_needs_no_network() -> None:
+    study = Study(None, {})
+    found = tuned(World(hill, 0.02, 1), study=study)
+    page = tune_page(found, study, {"command": "setpoint tune <m>"})
+    assert page.count("<svg") == 3
+    assert "certified" in page
+    assert "setpoint tune &lt;m&gt;" in page
+    assert "failed" not in page or "crashed" in page
+    assert page.count("load ") >= len(study.lines)
+    assert "src=" not in page
+    assert "<script" not in page
 
 
 @pytest.mark.parametrize(

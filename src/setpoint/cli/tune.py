@@ -61,6 +61,7 @@ def tune(
     from setpoint.tune.machine import this_identity
     from setpoint.tune.recipe import machine_fingerprint, model_hash, write_recipe
     from setpoint.tune.sla import Sla
+    from setpoint.tune.tune_report import tune_page
     from setpoint.tune.tune_study import Study
     from setpoint.tune.tune_trial import check_sla
     from setpoint.tune.tuner import check_budget
@@ -110,6 +111,9 @@ def tune(
     recipe = tune_outcome.recipe_of(tuned, sla=str(sla), model=of_model, machine=machine, provenance=provenance)
     if recipe is not None:
         write_recipe(recipe, output)
+    page = output.with_suffix(".html")
+    page.write_text(tune_page(tuned, study, provenance), encoding="utf-8")
+    say(f"setpoint: report in {page}")
     if json:
         print_json(tune_outcome.document(tuned) | {"provenance": provenance})
     else:
