@@ -8,6 +8,7 @@ import pytest
 from engine_support import AlwaysDraft, Harness, request, scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tier_support import Attic, fixed_cost, tiers
 
 from setpoint.engine.scheduler import Scheduler, SchedulerLimits
 from setpoint.engine.timeline import MAX_SPANS, Cause, Kind, Timeline
@@ -246,6 +247,69 @@ def test_a_simulated_request_is_explained_in_virtual_time() -> None:
         assert_covered(timeline, timeline.finished)
         assert Cause.BETWEEN_STEPS not in totals(timeline)  # a virtual clock stands still between steps
     assert totals(timeline)[Cause.PLACES] > 0
+
+
+TIERED = fake_info(num_blocks=8, block_size=4, max_model_len=32)
+
+
+def test_tokens_are_told_by_the_tier_they_came_from() -> None:
+    prompt = list(range(1, 18))  # four full blocks and one token
+    harness = slow(Harness(TIERED, lower=tiers(TIERED, host_blocks=100)))
+    for name, tokens in (("first", prompt), ("pool", prompt), ("other", range(100, 124)), ("more", range(200, 224))):
+        harness.add(request(name, tokens, max_tokens=2))
+        harness.run()
+    harness.add(request("memory", prompt, max_tokens=2))
+    harness.run()
+    found = {name: read(harness, name)[0] for name in ("first", "pool", "memory")}
+    assert {name: (t.cached_tokens, t.memory_tokens, t.disk_tokens) for name, t in found.items()} == {
+        "first": (0, 0, 0),
+        "pool": (16, 0, 0),
+        "memory": (0, 16, 0),
+    }
+    (prefill,) = [span for span in found["memory"].spans if span.kind is Kind.PREFILL]
+    assert prefill.num_tokens == 1
+
+
+def test_blocks_that_come_over_several_steps_are_a_phase_before_the_rest() -> None:
+    info = fake_info(num_blocks=40, block_size=4, max_model_len=128)
+    harness = slow(Harness(info, lower=tiers(info, host_blocks=100), max_num_seqs=4, max_num_batched_tokens=256))
+    prompt = list(range(1, 90))
+    harness.add(request("first", prompt, max_tokens=2))
+    harness.run()
+    for number in range(2):
+        harness.add(request(f"other{number}", [(i * (number + 2)) % 250 for i in range(120)], max_tokens=2))
+        harness.run()
+    harness.add(request("beside", [7, 8], max_tokens=40))
+    harness.step()
+    harness.add(request("memory", prompt, max_tokens=2))
+    harness.run()
+    (timeline,) = read(harness, "memory")
+    kinds = [span.kind for span in timeline.spans]
+    assert timeline.memory_tokens >= 80
+    assert kinds[-3:] == [Kind.RESTORE, Kind.PREFILL, Kind.DECODE]
+    assert timeline.finished is not None
+    assert_covered(timeline, timeline.finished)
+
+
+def test_a_wait_for_the_disk_is_a_phase() -> None:
+    disk = Attic()
+    first = Harness(TIERED, lower=tiers(TIERED, disk=disk))
+    first.add(request("first", range(1, 18), max_tokens=2))
+    first.run()
+    while first.scheduler.num_unsaved:
+        first.step()
+    disk.blocks_at_once = 1
+    cost = fixed_cost(TIERED, compute_s_per_token=0.5)
+    harness = slow(Harness(TIERED, lower=tiers(TIERED, disk=disk, cost=cost)))
+    harness.add(request("again", range(1, 18), max_tokens=2))
+    harness.run()
+    (timeline,) = read(harness, "again")
+    assert (timeline.cached_tokens, timeline.memory_tokens, timeline.disk_tokens) == (0, 0, 16)
+    kinds = [span.kind for span in timeline.spans]
+    assert kinds.index(Kind.FETCH) < kinds.index(Kind.PREFILL)
+    assert totals(timeline)[Cause.DISK] > 0
+    assert timeline.finished is not None
+    assert_covered(timeline, timeline.finished)
 
 
 def test_a_storm_of_preemptions_stays_bounded() -> None:

@@ -216,12 +216,12 @@ class Planner:
             return
         if roster.faults is not None:
             roster.inject("allocate", seq)
-        fetch = seq.fetch
+        fetched = () if seq.fetch is None else tuple(seq.fetch.staged.values())
         roster.start(seq)
         kv.take_hit(seq, hit)
         if seq.first_scheduled_time is None:
             roster.count_start(seq, step.now)
-        roster.timelines.start(seq, fetch, step.now)
+        roster.timelines.start(seq, fetched, step.now)
         if self._pacer is not None:
             self._pacer.started(seq)
         if seq.restore is not None and not self._restore(seq, step):

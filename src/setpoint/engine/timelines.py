@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from setpoint.engine.limits import SchedulerLimits
-from setpoint.engine.lower_tiers import Fetch
 from setpoint.engine.plan import PlanEntry
 from setpoint.engine.timeline import (
     KV_BLOCKS,
@@ -92,15 +92,15 @@ class Timelines:
         del self.aside[seq.seq_id]
         self._enter(seq.timeline, Kind.PREEMPTED if seq.timeline.num_preemptions else Kind.QUEUE, self._now)
 
-    def start(self, seq: Sequence, fetch: Fetch | None, now: float) -> None:
-        """A waiting sequence has blocks, and its cached prefix in them; `fetch` is what was read from disk for it."""
+    def start(self, seq: Sequence, fetched: Collection[bytes], now: float) -> None:
+        """A waiting sequence has blocks, and its cached prefix in them; `fetched` was read from disk for it."""
         timeline, restore = seq.timeline, seq.restore
         self.aside.pop(seq.seq_id, None)
         if not timeline.is_started:
             timeline.is_started = True
             restored = 0 if restore is None else restore.num_restored
-            if restore is not None and fetch is not None:
-                staged = set(map(id, fetch.staged.values()))
+            if restore is not None and fetched:
+                staged = set(map(id, fetched))
                 blocks = {index for index, _, payload in restore.pending if id(payload) in staged}
                 num_blocks = len({index for index, _, _ in restore.pending})
                 timeline.disk_tokens = restored * len(blocks) // max(num_blocks, 1)
@@ -172,9 +172,11 @@ class Timelines:
             self._queue_cause = PLACES
         else:
             self._queue_cause = TOKEN_BUDGET if budget <= 0 else KV_BLOCKS
-        for seq_id, (_, timeline) in self._computing.items():
+        for seq_id, (seq, timeline) in self._computing.items():
             entry = entries.get(seq_id)
             timeline.chunk = 0 if entry is None else len(entry.token_ids)
+            if entry is not None and timeline.phase is not None and timeline.phase.kind is Kind.RESTORE:
+                self._enter(timeline, self._computing_kind(seq), self._now)  # the last blocks come in this step
 
     def end(self, now: float, num_tokens: int, moving_s: float) -> None:
         """The step is over, and nothing of it was taken yet; `moving_s` of it went to blocks that were copied."""
@@ -225,10 +227,7 @@ class Timelines:
             if timeline.first_token is None:
                 timeline.first_token = self._now
             self._enter(timeline, Kind.DECODE, self._now)
-        elif phase is not None and (
-            (phase.kind is Kind.RESTORE and seq.restore is None)
-            or (phase.kind is Kind.RECOMPUTE and seq.num_computed >= timeline.high_water)
-        ):
+        elif phase is not None and phase.kind is Kind.RECOMPUTE and seq.num_computed >= timeline.high_water:
             self._enter(timeline, self._computing_kind(seq), self._now)
 
     # --- what is kept --------------------------------------------------------------------------------------------
