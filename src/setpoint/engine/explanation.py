@@ -67,6 +67,8 @@ def _sentence(cause: Cause, seconds: float, whole: float, timeline: Timeline, li
             return f"Waited {time} because all places were taken{_overtaken(timeline)}; a larger {seats} is the knob."
         case Cause.BUDGET:
             return f"Waited {time} while the tokens of each step went to others; a larger {budget} is the knob."
+        case Cause.PACER:
+            return f"Waited {time} because the pacer let fewer run than {seats} allows, to hold the SLO of the others."
         case Cause.KV_BLOCKS:
             return f"Waited {time} because the KV cache had no room{_overtaken(timeline)}; a larger {room} is the knob."
         case Cause.STEP_UNDER_WAY:

@@ -37,6 +37,7 @@ class Cause(Enum):
     STEP_UNDER_WAY = "step_under_way"
     PLACES = "places"  # max_num_seqs sequences were running
     BUDGET = "budget"  # the step's tokens were spent on others
+    PACER = "pacer"  # fewer were let run than max_num_seqs, to hold the SLO
     KV_BLOCKS = "kv_blocks"  # the KV cache had no room
     SIBLING = "sibling"
     DISK = "disk"
@@ -53,8 +54,9 @@ class Cause(Enum):
 # Indices of `Clocks`: seconds, but where they say otherwise. The first three say why the queue did not move.
 PLACES, TOKEN_BUDGET, KV_BLOCKS, NO_QUEUE, OUTSIDE, MOVING, PURE, MIXED = range(8)
 PURE_STEPS, MIXED_STEPS, PREFILL_TOKENS, STEP_TOKENS = range(8, 12)  # counts
+PACER = 12  # another reason of the queue
 Clocks = list[float]
-QUEUE_CAUSES = {PLACES: Cause.PLACES, TOKEN_BUDGET: Cause.BUDGET, KV_BLOCKS: Cause.KV_BLOCKS}
+QUEUE_CAUSES = {PLACES: Cause.PLACES, TOKEN_BUDGET: Cause.BUDGET, KV_BLOCKS: Cause.KV_BLOCKS, PACER: Cause.PACER}
 MAIN_CAUSE = {  # of what nothing else explains in a phase
     Kind.INBOX: Cause.STEP_UNDER_WAY,
     Kind.QUEUE: Cause.STEP_UNDER_WAY,
@@ -69,7 +71,7 @@ MAIN_CAUSE = {  # of what nothing else explains in a phase
 
 
 def new_clocks() -> Clocks:
-    return [0.0] * 12
+    return [0.0] * 13
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ from setpoint.engine.timeline import (
     MOVING,
     NO_QUEUE,
     OUTSIDE,
+    PACER,
     PLACES,
     PREFILL_TOKENS,
     PURE,
@@ -164,12 +165,21 @@ class Timelines:
                     self._enter(timeline, Kind.QUEUE, now)
             self._fresh.clear()
 
-    def planned(self, limits: SchedulerLimits, budget: int, entries: dict[int, PlanEntry], roster: Roster) -> None:
-        """What the step computes; `budget` is what it leaves of its tokens."""
+    def planned(
+        self,
+        limits: SchedulerLimits,
+        max_running: int,
+        budget: int,
+        entries: dict[int, PlanEntry],
+        roster: Roster,
+    ) -> None:
+        """What the step computes; `max_running` is the pacer's bound, `budget` what is left of the step's tokens."""
         if not roster.waiting:
             self._queue_cause = NO_QUEUE
         elif len(roster.running) >= limits.max_num_seqs:
             self._queue_cause = PLACES
+        elif len(roster.running) >= max_running:
+            self._queue_cause = PACER
         else:
             self._queue_cause = TOKEN_BUDGET if budget <= 0 else KV_BLOCKS
         for seq_id, (seq, timeline) in self._computing.items():
