@@ -137,7 +137,7 @@ class Timelines:
         self.aside.pop(seq.seq_id, None)
         timeline.num_output = len(seq.token_ids) - seq.num_prompt
         if timeline.num_output and timeline.first_token is None:
-            timeline.first_token = now
+            timeline.first_token = self._now  # the end of the last step, even where it ends later
         now = max(now, timeline.submitted if timeline.phase is None else timeline.phase.since)
         timeline.close(now, self.clocks, self._queue_cause)
         timeline.finished, timeline.finish_reason, timeline.phase = now, reason, None
