@@ -15,6 +15,7 @@ from setpoint.tune.certify import TermCertificate, certificate, decide, probit_s
 from setpoint.tune.measure import RequestLog, Run, Window
 from setpoint.tune.race import paired_interval, race
 from setpoint.tune.recipe import Recipe, RecipeError, mismatches, parse_recipe, read_recipe, write_recipe
+from setpoint.tune.refine import propose
 from setpoint.tune.search import DEFAULT, Setting, candidates, coordinates, scattered, shortlist, space
 from setpoint.tune.sla import Sla
 from setpoint.tune.tune_outcome import recipe_of
@@ -256,6 +257,15 @@ def test_a_recipe_is_refused_by_field(field: str, value: object, told: str) -> N
 def test_a_recipe_sets_hot_knobs_only(knobs: dict[str, object], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         parse_recipe(replace(recipe(), knobs=knobs).document)
+
+
+def test_refinement_proposes_from_what_is_known() -> None:
+    known = [(setting, math.log(max(hill(setting), 0.05))) for setting in candidates(DIMENSIONS, 20)[:14]]
+    proposed = propose(DIMENSIONS, known)
+    assert proposed is not None
+    EngineConfig(model="any", **dict(proposed))
+    assert propose(DIMENSIONS, known) == proposed
+    assert propose(DIMENSIONS, known[:2]) is None
 
 
 def test_budgets() -> None:

@@ -150,6 +150,7 @@ def _lossy() -> tuple[str, ...]:
 def _tune(config: EngineConfig, trace: Trace, sla: Sla, budget_s: float, study: Any, accept_noise: bool) -> Tuned:
     from setpoint.assemble import build_engine, scheduler_limits, survey
     from setpoint.engine.events import Event
+    from setpoint.tune.refine import propose
     from setpoint.tune.replay_prompts import words
     from setpoint.tune.search import space
     from setpoint.tune.simulate import check_lengths
@@ -162,7 +163,7 @@ def _tune(config: EngineConfig, trace: Trace, sla: Sla, budget_s: float, study: 
     tuned_on, held_out = split(trace, 1 - HOLDOUT)
     calibration = _calibration(config, surveyed, budget_s)
     dimensions = space(config)
-    job = Job(dimensions, budget_s, accept_noise=accept_noise)
+    job = Job(dimensions, budget_s, accept_noise=accept_noise, refine=propose)
     job = _with_prediction(job, surveyed, calibration, tuned_on, sla, config)
     ceilings = {d.knob: max(d.values) for d in dimensions if isinstance(d.default, int)}
     # The cache keeps the size that the default has, so that limits are all that differs between two runs.
