@@ -240,6 +240,22 @@ def test_what_waits_is_refused_by_the_lowest_class_first_and_counted() -> None:
     assert "high" in house.tokens
 
 
+@pytest.mark.parametrize("idle_steps", [0, 1])
+def test_an_engine_that_was_full_and_is_idle_takes_anyone(idle_steps: int) -> None:
+    """Nothing of what the last busy step told may shut the door once nobody is inside."""
+    house = House(HeldSla(Slo(0.5, 0.05)), max_num_seqs=2, num_blocks=256)
+    fields = {"max_tokens": 6, "ignore_eos": True}
+    for number in range(4):
+        house.scheduler.add(request(str(number), range(1, 20), **fields), house.now)
+    house.run()
+    for _ in range(idle_steps):
+        house.step()
+    house.now += 500.0
+    house.scheduler.add(request("late", range(1, 20), **fields), house.now)
+    house.run()
+    assert len(house.tokens["late"]) == 6
+
+
 def test_decisions_are_bounded() -> None:
     kept = Decisions()
     seen = view((), (Prompt(0, 1.0, 5),))

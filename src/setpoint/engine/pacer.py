@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
 
@@ -42,7 +41,6 @@ _MOST_SIZES = 12
 _MOST_PROMPTS = 256  # that are put in order; what comes after them waits for a later look
 _MEMORY = 0.9  # of the rate at which prompts are computed, for each step
 _ANSWERS = 50  # that the shares look back on
-_FINISHED = 32  # answers that the rate of ends is taken over
 _NO_TOKENS = 64.0  # thought to be in an answer before any ended
 
 
@@ -103,7 +101,7 @@ class _Door:
 
     prompts: tuple[tuple[int, float, float], ...] = ()  # rank, due, tokens to compute
     waiting: int = 0
-    free_places: int = 1
+    max_running: int = 1 << 20
     rate: float = 0.0  # 0: nothing is known
     step_s: float = 0.0
 
@@ -127,7 +125,7 @@ class Pacer:
         self._computed, self._computing_s = 0.0, 0.0  # prompt tokens of late, and the time of those steps
         self._fresh_share = 1.0  # of prompts, that no cache had
         self._output = _NO_TOKENS
-        self._ends: deque[float] = deque(maxlen=_FINISHED)
+        self._service_s = 0.0  # that an answer holds its place
         self._fill = 1.0
         self._kv_places: int | None = None
         self._preemptions = 0
@@ -135,17 +133,20 @@ class Pacer:
 
     # --- arrivals ------------------------------------------------------------------------------------------------
 
-    def admit(self, request: Request, now: float) -> None:
+    def admit(self, request: Request, num_running: int, num_waiting: int, now: float) -> None:
         """Raises ShedError for a request whose first token would be late behind what waits. Thread-safe."""
         slo = request.slo or self.held.slo
         due_s = now + (math.inf if slo.ttft_s is None else slo.ttft_s)
         with self._lock:
-            door, tokens = self._door, len(request.prompt_token_ids) * self._fresh_share
+            door = self._door
+            if num_running + num_waiting == 0:  # no step has told since: nothing is ahead
+                door = _Door(rate=door.rate)
+            tokens = len(request.prompt_token_ids) * self._fresh_share
             if slo.ttft_s is not None and door.rate > 0.0:
-                self._judge(request, slo.ttft_s, tokens, door, now)
+                self._judge(request, slo.ttft_s, tokens, door, num_running, now)
             self._inside[request.request_id] = (request.priority, due_s, tokens)
 
-    def _judge(self, request: Request, ttft_s: float, tokens: float, door: _Door, now: float) -> None:
+    def _judge(self, request: Request, ttft_s: float, tokens: float, door: _Door, num_running: int, now: float) -> None:
         key = (request.priority, now + ttft_s)
         inside = self._inside.values()
         ahead = sum(cost for rank, due_s, cost in (*door.prompts, *inside) if (rank, due_s) <= key)
@@ -155,8 +156,8 @@ class Pacer:
             own_tokens=round(tokens),
             ahead_tokens=round(ahead),
             ahead_requests=door.waiting + len(inside),
-            free_places=door.free_places,
-            finish_rate=self._finish_rate(now),
+            free_places=max(door.max_running - num_running, 0),
+            finish_rate=self._finish_rate(num_running),
             rate=door.rate,
             step_s=step_s,
             aim=self.counters.aim,
@@ -172,9 +173,9 @@ class Pacer:
                 retry_after_s=choice.retry_after_s,
             )
 
-    def _finish_rate(self, now: float) -> float:
-        ends = self._ends
-        return len(ends) / max(now - ends[0], 1e-3) if len(ends) > 1 else 0.0
+    def _finish_rate(self, num_running: int) -> float:
+        """From how long an answer holds its place: a count of ends would fall with every refusal."""
+        return num_running / self._service_s if self._service_s > 0.0 else 0.0
 
     def forget(self, request: Request) -> None:
         """The request waits in the scheduler from now on, or was refused elsewhere. Thread-safe."""
@@ -201,8 +202,7 @@ class Pacer:
             self._tick(decodes, num_running, limits, preemptions, now)
         if not prefills and not waiting:
             self._starved = 0
-            if self._door.prompts or self._door.waiting:
-                self._door = _Door((), 0, max(self._max_running(limits) - num_running, 0), self._rate(0), 0.0)
+            self._door = _Door((), 0, self._max_running(limits), self._rate(0), 0.0)
             return Paced(limits.max_num_batched_tokens, prefills, waiting, limits.max_num_seqs, None)
         return self._choose(decodes, prefills, waiting[:_MOST_PROMPTS], limits, now)
 
@@ -236,7 +236,7 @@ class Pacer:
         if choice.tokens:
             self._computed = _MEMORY * self._computed + choice.tokens
             self._computing_s = _MEMORY * self._computing_s + choice.seconds
-        self._publish(view, choice.order, choice.late, pending, places, choice.seconds, now)
+        self._publish(view, choice.order, choice.late, pending, max_running, choice.seconds, now)
         self.counters.budget = len(decodes) + choice.tokens
         self.counters.num_bound_steps += choice.binding
         self.counters.num_late = choice.late
@@ -314,7 +314,7 @@ class Pacer:
         order: tuple[int, ...],
         num_late: int,
         pending: list[Sequence],
-        places: int,
+        max_running: int,
         step_s: float,
         now: float,
     ) -> None:
@@ -324,7 +324,7 @@ class Pacer:
         self._door = _Door(
             tuple((prompts[i].rank, now + prompts[i].slack_s, float(prompts[i].tokens)) for i in in_time),
             sum(not pending[i].num_computed for i in in_time),
-            places,
+            max_running,
             view.rate,
             step_s,
         )
@@ -352,7 +352,9 @@ class Pacer:
         self._all.note(ttft, tpot)
         self.counters.classes.setdefault(seq.order[0], Attainment()).note(ttft, tpot)
         self._output += 0.05 * (num_output - self._output)
-        self._ends.append(now)
+        if seq.first_scheduled_time is not None:
+            held_s = now - seq.first_scheduled_time
+            self._service_s += (0.1 if self._service_s else 1.0) * (held_s - self._service_s)
 
     # --- each second ---------------------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ class Scheduler:
         """Count the request into the bounded queue, or raise QueueFullError. Thread-safe; `enqueue` must follow."""
         request.submitted_time = now
         if self.pacer is not None:
-            self.pacer.admit(request, now)
+            self.pacer.admit(request, len(self.running), len(self.waiting), now)
         try:
             self.queue.enter(len(request.prompt_token_ids), now)
         except QueueFullError:
