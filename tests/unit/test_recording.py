@@ -94,7 +94,9 @@ def test_a_replay_plans_the_same_steps(
         assert step < 2000
     replayed = replay(recording, lambda: make(Scheduler, INFO, **options), INFO)
     assert (replayed.steps, replayed.diverged_at) == (len(recording.steps), None)
-    assert tokens(replayed.events) == tokens(events)
+    # Who came and was aborted behind the last step is in no step: only the original tells of its end, without a token.
+    computed = {name: ids for name, ids in tokens(events).items() if ids}
+    assert {name: ids for name, ids in tokens(replayed.events).items() if ids} == computed
 
 
 def test_what_an_engine_did_is_planned_again() -> None:
