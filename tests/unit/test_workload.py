@@ -213,7 +213,7 @@ def test_an_excerpt_holds_what_arrives_in_its_time(items: list[TraceRequest], be
     trace = Trace(TraceHeader("test"), sorted(items, key=lambda item: item.arrival_s))
     try:
         part = excerpt(trace, begin, seconds)
-    except TraceError:
+    except ConfigError:  # nobody arrives in it, or the trace would go round a thousand times
         return
     times = [item.arrival_s for item in part.requests]
     assert times == sorted(times)
