@@ -28,9 +28,9 @@ from typing import Any
 import httpx
 import numpy as np
 
-from setpoint.tune.replay import ReplayOptions, replay
-from setpoint.tune.replay_prompts import Prompts, words
-from setpoint.tune.replay_server import Surveyor
+from setpoint.tune.replay.client import ReplayOptions, replay
+from setpoint.tune.replay.prompts import Prompts, words
+from setpoint.tune.replay.server import Surveyor
 from setpoint.workload.trace import Trace, TraceHeader, TraceRequest
 
 FIGURES = {"ttft_p50": ("ttft", 50), "ttft_p95": ("ttft", 95), "tpot_p50": ("tpot", 50), "tpot_p95": ("tpot", 95)}

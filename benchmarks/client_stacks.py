@@ -61,7 +61,7 @@ def lags_of(data: bytes, now: float, lags: list[float]) -> None:
 
 
 async def with_ours(port: int, streams: int) -> list[float]:
-    from setpoint.tune.replay_http import Address, Connections
+    from setpoint.tune.replay.http import Address, Connections
 
     connections, lags = Connections(Address("127.0.0.1", port, False, ""), {}), []
     request = connections.request("/v1/completions", BODY)

@@ -22,7 +22,7 @@ from setpoint.engine.scheduler import SchedulerLimits
 from setpoint.engine.slo import HeldSla
 from setpoint.engine.step_cost import Rising, StepCost
 from setpoint.tune.metrics import Targets, summarize
-from setpoint.tune.simulate import EngineSetup, simulate
+from setpoint.tune.simulate.simulator import EngineSetup, simulate
 from setpoint.workload.trace import Trace, TraceHeader, TraceRequest
 
 SLA = "ttft.p95<500ms,tpot.p95<40ms"

@@ -39,11 +39,11 @@ from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
 from setpoint.engine.scheduler import Scheduler
 from setpoint.engine.step_cost import ShapeOf, StepCost, StepShape
-from setpoint.tune.arrivals import Arrivals
-from setpoint.tune.calibrate import Calibration, calibrate
-from setpoint.tune.machine import this_identity
 from setpoint.tune.measure import RequestLog
-from setpoint.tune.simulate import EngineSetup, Simulation, simulate
+from setpoint.tune.probe.calibrate import Calibration, calibrate
+from setpoint.tune.probe.machine import this_identity
+from setpoint.tune.simulate.arrivals import Arrivals
+from setpoint.tune.simulate.simulator import EngineSetup, Simulation, simulate
 from setpoint.workload.prompts import PromptTokens
 from setpoint.workload.synth import PRESETS, from_table, synthesize
 from setpoint.workload.trace import Trace

@@ -21,10 +21,10 @@ import time
 from collections import Counter
 
 from setpoint.config import EngineConfig
-from setpoint.tune.search import DEFAULT, Setting, setting_of, space, text
-from setpoint.tune.tune_study import Study
-from setpoint.tune.tuner import Job, TooNoisyError, Tuner
-from setpoint.tune.virtual_world import World
+from setpoint.tune.search.space import DEFAULT, Setting, setting_of, space, text
+from setpoint.tune.search.study import Study
+from setpoint.tune.search.tuner import Job, TooNoisyError, Tuner
+from setpoint.tune.search.virtual_world import World
 
 DIMENSIONS = space(EngineConfig(model="any"))
 EVERYTHING = [setting_of(DIMENSIONS, values) for values in itertools.product(*(d.values for d in DIMENSIONS))]

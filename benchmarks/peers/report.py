@@ -13,7 +13,7 @@ from peers.work import ModelWork
 
 def machine_record() -> dict[str, Any]:
     """The whole record of the machine, measured now: the probes beside the samples are its short form."""
-    from setpoint.tune.probe import measure_machine
+    from setpoint.tune.probe.ceilings import measure_machine
 
     return asdict(measure_machine(10.0, lambda done, total: None))
 

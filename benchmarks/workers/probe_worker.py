@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from protocol import Answer, serve
-from setpoint.tune.probe import Probe
+from setpoint.tune.probe.ceilings import Probe
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from setpoint.tune.metrics import Targets, summarize
-from setpoint.tune.replay import ReplayOptions, replay
-from setpoint.tune.replay_server import ServerError, Surveyor
-from setpoint.tune.run_file import read_run
+from setpoint.tune.replay.client import ReplayOptions, replay
+from setpoint.tune.replay.run_file import read_run
+from setpoint.tune.replay.server import ServerError, Surveyor
 from setpoint.workload.trace import Trace, TraceHeader, TraceRequest, write_trace
 
 SETPOINT = [sys.executable, "-m", "setpoint.cli.main"]

@@ -17,7 +17,7 @@ from setpoint.engine.plan import RunnerInfo
 from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
 from setpoint.engine.scheduler import Scheduler, SchedulerLimits
-from setpoint.tune.recording import RecordedScheduler, replay
+from setpoint.tune.simulate.recording import RecordedScheduler, replay
 from tiny_models import VOCABULARY
 
 

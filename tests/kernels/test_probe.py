@@ -10,10 +10,10 @@ import pytest
 
 from setpoint import _native
 from setpoint.cli.main import main
-from setpoint.tune import machine
 from setpoint.tune.documents import from_document
-from setpoint.tune.machine import Ceilings, MachineRecord
-from setpoint.tune.probe import Probe, thread_counts
+from setpoint.tune.probe import machine
+from setpoint.tune.probe.ceilings import Probe, thread_counts
+from setpoint.tune.probe.machine import Ceilings, MachineRecord
 
 CPUS = _native.num_cpus()
 MS = 5

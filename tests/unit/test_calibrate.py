@@ -19,12 +19,12 @@ from setpoint.engine.plan import StepPlan, StepResult
 from setpoint.engine.step_cost import ShapeOf
 from setpoint.errors import ConfigError
 from setpoint.runtime.fake import FakeRunner, fake_info
-from setpoint.tune import calibrate as calibrating
-from setpoint.tune import machine
-from setpoint.tune.calibrate import Calibration, calibrate, check_noise
-from setpoint.tune.calibration_store import calibration_path, load_calibration, store_calibration
-from setpoint.tune.machine import MachineIdentity
-from setpoint.tune.probe_grid import Cell, Grid, grid
+from setpoint.tune.probe import calibrate as calibrating
+from setpoint.tune.probe import machine
+from setpoint.tune.probe.calibrate import Calibration, calibrate, check_noise
+from setpoint.tune.probe.calibration_store import calibration_path, load_calibration, store_calibration
+from setpoint.tune.probe.grid import Cell, Grid, grid
+from setpoint.tune.probe.machine import MachineIdentity
 
 IDENTITY = MachineIdentity("Abacus 9", 25, 17, 1, "x86_64", True, 2, ("avx2",), 24, 1 << 15, 1 << 20, 1 << 25, 2)
 

@@ -10,7 +10,9 @@ import pytest
 from test_measure import SLA, answered, missed, run_of
 
 from setpoint.errors import ConfigError
-from setpoint.tune.capacity import (
+from setpoint.tune.measure import Verdict
+from setpoint.tune.metrics import Targets
+from setpoint.tune.replay.capacity import (
     Capacity,
     CapacitySearch,
     Point,
@@ -20,8 +22,6 @@ from setpoint.tune.capacity import (
     isotonic_border,
     point_of,
 )
-from setpoint.tune.measure import Verdict
-from setpoint.tune.metrics import Targets
 from setpoint.tune.statistics import effective_n
 
 LEVEL, WAIT, REQUESTS = 0.95, 5.0, 400

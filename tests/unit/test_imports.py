@@ -85,7 +85,7 @@ POLICY = {"plan", "admit", "preempt", "evict", "draft", "pop", "grow", "can_admi
 
 def test_the_simulator_decides_nothing() -> None:
     """What plays the world around a scheduler has no method by which one decides, and changes none of its parts."""
-    played = [SOURCE / "tune" / name for name in ("simulate.py", "arrivals.py", "recording.py")]
+    played = [SOURCE / "tune" / "simulate" / name for name in ("simulator.py", "arrivals.py", "recording.py")]
     deciding = ("planner", "committer", "roster", "kv_cache", "block_pool", "eviction", "queue_gate", "pacer")
     for path in (*played, SOURCE / "runtime" / "fake.py"):
         names = {node.name for node in syntax(path) if isinstance(node, ast.FunctionDef)}

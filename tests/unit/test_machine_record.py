@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from setpoint.cli.probe import record_lines
-from setpoint.tune import machine
 from setpoint.tune.documents import DocumentError, from_document
-from setpoint.tune.machine import Ceilings, MachineIdentity, MachineRecord, Noise, Rate
+from setpoint.tune.probe import machine
+from setpoint.tune.probe.machine import Ceilings, MachineIdentity, MachineRecord, Noise, Rate
 
 IDENTITY = MachineIdentity(
     cpu_model="Abacus 9",

@@ -23,7 +23,7 @@ from setpoint.tune.measure import (
     in_flight,
 )
 from setpoint.tune.metrics import Targets, class_names, deadline_attainment, summarize, term_results
-from setpoint.tune.run_file import RunFileError, read_run, write_run
+from setpoint.tune.replay.run_file import RunFileError, read_run, write_run
 from setpoint.tune.sla import Sla
 
 SLA = "ttft.p95<200ms,tpot.p95<30ms"

@@ -18,13 +18,13 @@ from setpoint.engine.plan import KVGroup, RunnerInfo
 from setpoint.engine.scheduler import SchedulerLimits
 from setpoint.engine.step_cost import Rising, StepCost, StepShape
 from setpoint.errors import ConfigError
-from setpoint.tune import calibration_store, machine
-from setpoint.tune import plan as planning
-from setpoint.tune.calibrate import SCHEMA, Calibration, MeasuredCell
-from setpoint.tune.machine import MachineIdentity
-from setpoint.tune.plan import Loads, contexts, make_plan, replicas, shortened, tokens_held
-from setpoint.tune.probe_grid import Cell
-from setpoint.tune.simulate import EngineSetup
+from setpoint.tune.plan import plan as planning
+from setpoint.tune.plan.plan import Loads, contexts, make_plan, replicas, shortened, tokens_held
+from setpoint.tune.probe import calibration_store, machine
+from setpoint.tune.probe.calibrate import SCHEMA, Calibration, MeasuredCell
+from setpoint.tune.probe.grid import Cell
+from setpoint.tune.probe.machine import MachineIdentity
+from setpoint.tune.simulate.simulator import EngineSetup
 from setpoint.tune.sla import Sla
 from setpoint.workload.trace import Trace, TraceHeader, TraceRequest, write_trace
 from setpoint.workload.transform import repeated

@@ -21,7 +21,7 @@ from setpoint.engine.scheduler import Scheduler, SchedulerLimits
 from setpoint.engine.speculation.prompt_lookup import PromptLookup
 from setpoint.engine.speculation.speculator import Speculator
 from setpoint.runtime.fake import FakeRunner, fake_info
-from setpoint.tune.recording import RecordedScheduler, Recording, plan_digest, replay
+from setpoint.tune.simulate.recording import RecordedScheduler, Recording, plan_digest, replay
 
 INFO = fake_info(vocab_size=6, num_blocks=14, block_size=4, max_model_len=40)
 

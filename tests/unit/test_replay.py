@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from setpoint.errors import ConfigError
 from setpoint.tune.measure import EngineCounters, RequestLog
-from setpoint.tune.replay_answer import Answer
-from setpoint.tune.replay_http import Address
-from setpoint.tune.replay_machine import cpu_times, cpus_beside, listener, machine_use
-from setpoint.tune.replay_server import ServerError, Target, read_counters
-from setpoint.tune.replay_worker import PREPARED_S, Player
+from setpoint.tune.replay.answer import Answer
+from setpoint.tune.replay.host import cpu_times, cpus_beside, listener, machine_use
+from setpoint.tune.replay.http import Address
+from setpoint.tune.replay.server import ServerError, Target, read_counters
+from setpoint.tune.replay.worker import PREPARED_S, Player
 from setpoint.workload.trace import Trace, TraceHeader, TraceRequest
 
 # --- when requests leave -----------------------------------------------------------------------------------------

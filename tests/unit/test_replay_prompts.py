@@ -8,7 +8,7 @@ from engine_support import scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from setpoint.tune.replay_prompts import POOL_WORDS, Prompts, words
+from setpoint.tune.replay.prompts import POOL_WORDS, Prompts, words
 from setpoint.workload.trace import TraceRequest
 
 POOL = list(range(1000, 21_000))

@@ -14,7 +14,7 @@ from setpoint.engine.plan import KVGroup, RunnerInfo
 from setpoint.engine.scheduler import SchedulerLimits
 from setpoint.engine.step_cost import Rising, StepCost
 from setpoint.errors import ConfigError
-from setpoint.tune.simulate import EngineSetup, Simulation, simulate
+from setpoint.tune.simulate.simulator import EngineSetup, Simulation, simulate
 from setpoint.workload.prompts import PromptTokens
 from setpoint.workload.synth import PRESETS, synthesize
 from setpoint.workload.trace import Trace, TraceHeader, TraceRequest

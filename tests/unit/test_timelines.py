@@ -15,7 +15,7 @@ from setpoint.engine.timeline import MAX_SPANS, Cause, Kind, Timeline
 from setpoint.engine.timelines import Timelines
 from setpoint.errors import QueueFullError
 from setpoint.runtime.fake import CostModelRunner, VirtualClock, fake_info
-from setpoint.tune.simulate import turn
+from setpoint.tune.simulate.simulator import turn
 
 SMALL = fake_info(vocab_size=5, num_blocks=9, block_size=4, max_model_len=28)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from setpoint.tune.measure import EngineCounters, MachineUse, RequestLog, Run, Window
+from setpoint.tune.replay.tripwires import judged
 from setpoint.tune.sla import Sla
-from setpoint.tune.tripwires import judged
 
 TOKENS = 8
 SLAS = (Sla.parse("ttft.p95<200ms,tpot.p95<30ms"),)

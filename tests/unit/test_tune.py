@@ -11,19 +11,19 @@ import pytest
 from setpoint.cli.tune import parse_budget
 from setpoint.config import EngineConfig
 from setpoint.errors import ConfigError
-from setpoint.tune.certify import TermCertificate, certificate, decide, probit_slope
 from setpoint.tune.measure import RequestLog, Run, Window
-from setpoint.tune.race import paired_interval, race
 from setpoint.tune.recipe import Recipe, RecipeError, mismatches, parse_recipe, read_recipe, write_recipe
-from setpoint.tune.refine import propose
-from setpoint.tune.search import DEFAULT, Setting, candidates, coordinates, scattered, shortlist, space
+from setpoint.tune.search.certify import TermCertificate, certificate, decide, probit_slope
+from setpoint.tune.search.outcome import recipe_of
+from setpoint.tune.search.page import tune_page
+from setpoint.tune.search.race import paired_interval, race
+from setpoint.tune.search.refine import propose
+from setpoint.tune.search.space import DEFAULT, Setting, candidates, coordinates, scattered, shortlist, space
+from setpoint.tune.search.study import Study, StudyError
+from setpoint.tune.search.trial import Ask, Observation, Share, check_sla, observe
+from setpoint.tune.search.tuner import Job, TooNoisyError, Tuned, Tuner, check_budget
+from setpoint.tune.search.virtual_world import World
 from setpoint.tune.sla import Sla
-from setpoint.tune.tune_outcome import recipe_of
-from setpoint.tune.tune_report import tune_page
-from setpoint.tune.tune_study import Study, StudyError
-from setpoint.tune.tune_trial import Ask, Observation, Share, check_sla, observe
-from setpoint.tune.tuner import Job, TooNoisyError, Tuned, Tuner, check_budget
-from setpoint.tune.virtual_world import World
 
 DIMENSIONS = space(EngineConfig(model="any"))
 BEST = (("max_num_seqs", 16),)

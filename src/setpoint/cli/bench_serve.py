@@ -14,9 +14,9 @@ from setpoint.cli.console import RequestBar, print_json, printable, say, status
 from setpoint.errors import ConfigError
 
 if TYPE_CHECKING:
-    from setpoint.tune.capacity import Capacity
     from setpoint.tune.measure import Run
     from setpoint.tune.metrics import Targets
+    from setpoint.tune.replay.capacity import Capacity
     from setpoint.workload.trace import Trace
 
 UNMET, INVALID, INTERRUPTED = 1, 5, 130
@@ -62,10 +62,10 @@ def serve(
     Exit codes: 0, 1 the SLO is not met, 5 the run is invalid (a tripwire says why), 130 interrupted.
     """
     from setpoint.config import api_key_from_environment
-    from setpoint.tune.capacity import check_targets
     from setpoint.tune.metrics import Targets
-    from setpoint.tune.replay import ReplayOptions, replay
-    from setpoint.tune.replay_server import Surveyor
+    from setpoint.tune.replay.capacity import check_targets
+    from setpoint.tune.replay.client import ReplayOptions, replay
+    from setpoint.tune.replay.server import Surveyor
     from setpoint.workload.trace import read_trace
 
     targets = Targets.parse(slo or [])
@@ -100,8 +100,8 @@ Measure = Callable[["Trace", str, str, bool], "Run"]
 def _once(
     part: Trace, targets: Targets, measure: Measure, salt: str, json: Path | None, html: Path | None, log: Path | None
 ) -> int:
-    from setpoint.tune.report import is_met, run_document, run_lines
-    from setpoint.tune.report_html import run_page
+    from setpoint.tune.replay.page import run_page
+    from setpoint.tune.replay.report import is_met, run_document, run_lines
 
     run = measure(part, salt, "replay", True)
     _write(json, run_document(run, targets), html, lambda: run_page(run, targets), run, log)
@@ -128,9 +128,9 @@ def _search(
     html: Path | None,
     log: Path | None,
 ) -> int:
-    from setpoint.tune.capacity import CapacitySearch, point_of
-    from setpoint.tune.report import capacity_lines, capacity_report, run_document
-    from setpoint.tune.report_html import capacity_page
+    from setpoint.tune.replay.capacity import CapacitySearch, point_of
+    from setpoint.tune.replay.page import capacity_page
+    from setpoint.tune.replay.report import capacity_lines, capacity_report, run_document
 
     search = CapacitySearch(start=start, max_points=max_runs)
     base_rate = len(loaded.requests) / max(loaded.seconds, 1e-9)
@@ -199,7 +199,7 @@ def _write(
     json: Path | None, document: Any, html: Path | None, page: Callable[[], str], run: Run, log: Path | None
 ) -> None:
     """All that was asked for, before anything is printed. Raises ConfigError."""
-    from setpoint.tune.run_file import write_run
+    from setpoint.tune.replay.run_file import write_run
 
     if log is not None:
         write_run(run, log)

@@ -80,7 +80,7 @@ def machine(json: Json = False) -> None:
     from setpoint import _native
     from setpoint.cli.probe import identity_line, record_lines
     from setpoint.config import this_machine
-    from setpoint.tune.machine import load, this_identity
+    from setpoint.tune.probe.machine import load, this_identity
 
     facts, identity = this_machine(), this_identity()
     record = load(lambda problem: say(f"setpoint: {problem}; measure again with `setpoint probe`"))

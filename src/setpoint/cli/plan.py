@@ -17,8 +17,8 @@ from setpoint.config import EngineConfig
 
 if TYPE_CHECKING:
     from setpoint.assemble import Survey
-    from setpoint.tune.calibrate import Calibration
-    from setpoint.tune.plan import LoadPoint, MemoryMap, Plan
+    from setpoint.tune.plan.plan import LoadPoint, MemoryMap, Plan
+    from setpoint.tune.probe.calibrate import Calibration
 
 app = command_app("Predict what a model can serve on this machine under an SLA.")
 
@@ -46,10 +46,10 @@ def plan(
     """
     from setpoint.assemble import survey
     from setpoint.errors import ConfigError
-    from setpoint.tune.calibration_store import load_calibration
-    from setpoint.tune.machine import this_identity
-    from setpoint.tune.plan import MemoryMap, contexts, make_plan, shortened, tokens_held
-    from setpoint.tune.simulate import EngineSetup
+    from setpoint.tune.plan.plan import MemoryMap, contexts, make_plan, shortened, tokens_held
+    from setpoint.tune.probe.calibration_store import load_calibration
+    from setpoint.tune.probe.machine import this_identity
+    from setpoint.tune.simulate.simulator import EngineSetup
     from setpoint.tune.sla import Sla
     from setpoint.workload.trace import read_trace
 
@@ -85,7 +85,7 @@ def plan(
 
 def _write_page(path: Path, made: Plan, table: list[str], model: str) -> None:
     from setpoint.errors import ConfigError
-    from setpoint.tune.plan_html import plan_page
+    from setpoint.tune.plan.page import plan_page
 
     try:
         path.write_text(plan_page(made, table, model), encoding="utf-8")
@@ -142,7 +142,7 @@ def memory_lines(memory: MemoryMap) -> list[str]:
 
 
 def verdict_lines(made: Plan) -> list[str]:
-    from setpoint.tune.plan import shown
+    from setpoint.tune.plan.plan import shown
 
     floor = ", ".join(f"{term} -> {shown(term, value)}" for term, value in zip(made.sla.terms, made.alone, strict=True))
     if made.capacity is None:

@@ -15,8 +15,8 @@ from setpoint.cli.knobs import with_knobs
 from setpoint.config import EngineConfig
 
 if TYPE_CHECKING:
-    from setpoint.tune.calibrate import Calibration
-    from setpoint.tune.machine import Ceilings, MachineIdentity, MachineRecord, Rate
+    from setpoint.tune.probe.calibrate import Calibration
+    from setpoint.tune.probe.machine import Ceilings, MachineIdentity, MachineRecord, Rate
 
 app = command_app("Measure what this machine can do at most, and what steps of a model cost on it.")
 
@@ -47,8 +47,8 @@ def probe(
     if model is not None:
         _probe_model(configure(model=model), 60.0 if seconds is None else seconds, again, accept_noise, json)
         return
-    from setpoint.tune.machine import load, store
-    from setpoint.tune.probe import measure_machine
+    from setpoint.tune.probe.ceilings import measure_machine
+    from setpoint.tune.probe.machine import load, store
 
     load(lambda problem: say(f"setpoint: {problem}; measuring again"))
     record = measure_machine(10.0 if seconds is None else seconds, Progress())
@@ -63,9 +63,9 @@ def probe(
 
 def _probe_model(config: EngineConfig, seconds: float, again: bool, accept_noise: bool, json: bool) -> None:
     from setpoint.assemble import open_runner, survey
-    from setpoint.tune.calibrate import calibrate, check_noise
-    from setpoint.tune.calibration_store import STALE_S, load_calibration, store_calibration
-    from setpoint.tune.machine import this_identity
+    from setpoint.tune.probe.calibrate import calibrate, check_noise
+    from setpoint.tune.probe.calibration_store import STALE_S, load_calibration, store_calibration
+    from setpoint.tune.probe.machine import this_identity
 
     machine = this_identity()
     with DownloadBar() as bar:

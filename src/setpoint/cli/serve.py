@@ -116,7 +116,7 @@ def with_recipe(config: EngineConfig, path: Path, *, anyway: bool) -> EngineConf
     """The config with a recipe's knobs. Raises ConfigError when its evidence does not count here."""
     from setpoint.assemble import models_directory
     from setpoint.loaders.hub import resolve_model
-    from setpoint.tune.machine import this_identity
+    from setpoint.tune.probe.machine import this_identity
     from setpoint.tune.recipe import machine_fingerprint, mismatches, model_hash, read_recipe
 
     found = read_recipe(path)
@@ -143,8 +143,8 @@ def with_recipe(config: EngineConfig, path: Path, *, anyway: bool) -> EngineConf
 
 def _probed_cost(fingerprint: str) -> StepCost | None:
     """What `setpoint probe` measured here for this model."""
-    from setpoint.tune.calibration_store import load_calibration
-    from setpoint.tune.machine import this_identity
+    from setpoint.tune.probe.calibration_store import load_calibration
+    from setpoint.tune.probe.machine import this_identity
 
     found = load_calibration(
         this_identity(), fingerprint, lambda problem: print(f"setpoint: {problem}", file=sys.stderr)

@@ -20,10 +20,10 @@ from setpoint.errors import ConfigError
 
 if TYPE_CHECKING:
     from setpoint.assemble import Survey
-    from setpoint.tune.calibrate import Calibration
-    from setpoint.tune.search import Setting
+    from setpoint.tune.probe.calibrate import Calibration
+    from setpoint.tune.search.space import Setting
+    from setpoint.tune.search.tuner import Tuned
     from setpoint.tune.sla import Sla
-    from setpoint.tune.tuner import Tuned
     from setpoint.workload.trace import Trace
 
 app = command_app("Measure which knobs hold an SLA at the highest load, and certify it.")
@@ -57,14 +57,14 @@ def tune(
     from setpoint import __version__
     from setpoint.assemble import models_directory
     from setpoint.loaders.hub import resolve_model
-    from setpoint.tune import tune_outcome
-    from setpoint.tune.machine import this_identity
+    from setpoint.tune.probe.machine import this_identity
     from setpoint.tune.recipe import machine_fingerprint, model_hash, write_recipe
+    from setpoint.tune.search import outcome
+    from setpoint.tune.search.page import tune_page
+    from setpoint.tune.search.study import Study
+    from setpoint.tune.search.trial import check_sla
+    from setpoint.tune.search.tuner import check_budget
     from setpoint.tune.sla import Sla
-    from setpoint.tune.tune_report import tune_page
-    from setpoint.tune.tune_study import Study
-    from setpoint.tune.tune_trial import check_sla
-    from setpoint.tune.tuner import check_budget
     from setpoint.workload.trace import read_trace
 
     sla, seconds = Sla.parse(slo), parse_budget(budget)
@@ -108,16 +108,16 @@ def tune(
         "created_unix_s": round(time.time()),
         "command": f"setpoint tune {model} --trace {trace.name} --slo {sla} --budget {budget}",
     }
-    recipe = tune_outcome.recipe_of(tuned, sla=str(sla), model=of_model, machine=machine, provenance=provenance)
+    recipe = outcome.recipe_of(tuned, sla=str(sla), model=of_model, machine=machine, provenance=provenance)
     if recipe is not None:
         write_recipe(recipe, output)
     page = output.with_suffix(".html")
     page.write_text(tune_page(tuned, study, provenance), encoding="utf-8")
     say(f"setpoint: report in {page}")
     if json:
-        print_json(tune_outcome.document(tuned) | {"provenance": provenance})
+        print_json(outcome.document(tuned) | {"provenance": provenance})
     else:
-        for line in tune_outcome.lines(tuned):
+        for line in outcome.lines(tuned):
             print(printable(line))
     if recipe is None:
         say("setpoint: no recipe was written")
@@ -142,7 +142,7 @@ def _given(config: EngineConfig) -> dict[str, Any]:
 
 
 def _lossy() -> tuple[str, ...]:
-    from setpoint.tune.search import left_out
+    from setpoint.tune.search.space import left_out
 
     return left_out(EngineConfig(model="any"))
 
@@ -150,12 +150,12 @@ def _lossy() -> tuple[str, ...]:
 def _tune(config: EngineConfig, trace: Trace, sla: Sla, budget_s: float, study: Any, accept_noise: bool) -> Tuned:
     from setpoint.assemble import build_engine, scheduler_limits, survey
     from setpoint.engine.events import Event
-    from setpoint.tune.refine import propose
-    from setpoint.tune.replay_prompts import words
-    from setpoint.tune.search import space
-    from setpoint.tune.simulate import check_lengths
-    from setpoint.tune.tune_live import LiveMeasure, Replayer
-    from setpoint.tune.tuner import Job, Tuner
+    from setpoint.tune.replay.prompts import words
+    from setpoint.tune.search.live import LiveMeasure, Replayer
+    from setpoint.tune.search.refine import propose
+    from setpoint.tune.search.space import space
+    from setpoint.tune.search.tuner import Job, Tuner
+    from setpoint.tune.simulate.simulator import check_lengths
     from setpoint.workload.transform import split
 
     surveyed = survey(config)
@@ -188,9 +188,9 @@ def _tune(config: EngineConfig, trace: Trace, sla: Sla, budget_s: float, study: 
 
 def _calibration(config: EngineConfig, surveyed: Survey, budget_s: float) -> Calibration:
     from setpoint.assemble import open_runner
-    from setpoint.tune.calibrate import calibrate
-    from setpoint.tune.calibration_store import load_calibration, store_calibration
-    from setpoint.tune.machine import this_identity
+    from setpoint.tune.probe.calibrate import calibrate
+    from setpoint.tune.probe.calibration_store import load_calibration, store_calibration
+    from setpoint.tune.probe.machine import this_identity
 
     machine = this_identity()
     found = load_calibration(machine, surveyed.fingerprint, lambda problem: say(f"setpoint: {problem}"))
@@ -219,9 +219,9 @@ def _with_prediction(
 ) -> Any:
     """Where the default's capacity is by simulation, and what settings score there."""
     from setpoint.assemble import scheduler_limits
-    from setpoint.tune.simulate import EngineSetup, simulate
-    from setpoint.tune.tune_live import window
-    from setpoint.tune.tune_trial import observe
+    from setpoint.tune.search.live import window
+    from setpoint.tune.search.trial import observe
+    from setpoint.tune.simulate.simulator import EngineSetup, simulate
 
     setup = EngineSetup(surveyed.info, surveyed.limits, calibration.cost, surveyed.config.enable_prefix_caching)
     seconds = 60.0

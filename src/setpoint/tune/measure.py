@@ -1,6 +1,6 @@
 """What one run of a trace gave: a log of each request, and what must be known to trust and to recompute it.
 
-Pure data. The open-loop client fills it from HTTP (`replay.py`), the simulator from the engine under a virtual clock.
+Pure data. The open-loop client fills it from HTTP (`replay/`), the simulator from the engine under a virtual clock.
 Times are seconds on one monotonic clock whose zero is the start of the run.
 """
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from setpoint.config import EngineConfig, knob_of
 from setpoint.errors import ConfigError
-from setpoint.tune.machine import MachineIdentity
+from setpoint.tune.probe.machine import MachineIdentity
 
 SCHEMA = 1
 MAX_BYTES = 1 << 20

@@ -9,10 +9,10 @@ from string import Template
 
 import numpy as np
 
-from setpoint.tune.capacity import Capacity
 from setpoint.tune.measure import RequestLog, Run, in_flight
 from setpoint.tune.metrics import Targets, summarize
-from setpoint.tune.report import capacity_lines, is_met, run_lines
+from setpoint.tune.replay.capacity import Capacity
+from setpoint.tune.replay.report import capacity_lines, is_met, run_lines
 from setpoint.tune.svg import Band, Chart, Line, Marks
 
 PAGE = Template("""<!doctype html>

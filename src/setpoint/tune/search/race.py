@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from setpoint.tune.search import DEFAULT, Setting
+from setpoint.tune.search.space import DEFAULT, Setting
+from setpoint.tune.search.trial import Ask, Observation
 from setpoint.tune.statistics import Interval, t_quantile
-from setpoint.tune.tune_trial import Ask, Observation
 
 AGAIN = 3  # candidates between two runs of the default
 GROWTH = 3.0  # of a rung over the one before

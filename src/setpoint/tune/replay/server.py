@@ -19,9 +19,9 @@ import orjson
 
 from setpoint.errors import ConfigError
 from setpoint.tune.measure import EngineCounters
-from setpoint.tune.replay_answer import Answer
-from setpoint.tune.replay_http import Address
-from setpoint.tune.replay_prompts import Prompts, words
+from setpoint.tune.replay.answer import Answer
+from setpoint.tune.replay.http import Address
+from setpoint.tune.replay.prompts import Prompts, words
 from setpoint.workload.trace import Trace, TraceRequest
 
 PATIENCE_S = 60.0

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-from setpoint.tune.report_html import BAD, GOOD, PAGE, QUIET
-from setpoint.tune.search import DEFAULT, Setting, text
+from setpoint.tune.replay.page import BAD, GOOD, PAGE, QUIET
+from setpoint.tune.search.outcome import TITLES, lines
+from setpoint.tune.search.space import DEFAULT, Setting, text
+from setpoint.tune.search.study import Study
+from setpoint.tune.search.trial import QUANTILES, Observation
+from setpoint.tune.search.tuner import Tuned
 from setpoint.tune.statistics import clopper_pearson
 from setpoint.tune.svg import ACCENT, Chart, Line, Marks
-from setpoint.tune.tune_outcome import TITLES, lines
-from setpoint.tune.tune_study import Study
-from setpoint.tune.tune_trial import QUANTILES, Observation
-from setpoint.tune.tuner import Tuned
 
 _COLOURS = {"certified": GOOD, "default": GOOD, "not met": BAD, "invalid": BAD, "insufficient": QUIET}
 _DEFAULT_COLOUR = "#8a6d1b"

@@ -14,7 +14,7 @@ from setpoint.engine.plan import RunnerInfo
 from setpoint.engine.step_cost import PARTS, total
 from setpoint.errors import ConfigError
 from setpoint.tune.measure import in_flight
-from setpoint.tune.simulate import EngineSetup, Simulation, simulate
+from setpoint.tune.simulate.simulator import EngineSetup, Simulation, simulate
 from setpoint.tune.sla import Sla, Term
 from setpoint.workload.trace import Trace
 from setpoint.workload.transform import repeated, scale_rate

@@ -27,8 +27,8 @@ from setpoint.engine.speculation.speculator import Speculator
 from setpoint.engine.step_cost import ShapeOf, StepCost, StepShape
 from setpoint.errors import ConfigError, QueueFullError
 from setpoint.runtime.fake import CostModelRunner, VirtualClock
-from setpoint.tune.arrivals import Arrivals
 from setpoint.tune.measure import EngineCounters, RequestLog, Run, Status, Window
+from setpoint.tune.simulate.arrivals import Arrivals
 from setpoint.workload.prompts import PromptTokens
 from setpoint.workload.trace import Trace
 

@@ -24,7 +24,7 @@ Item = TypeVar("Item", int, str)
 @cache
 def words() -> tuple[str, ...]:
     """The long text; the same everywhere and always."""
-    source = (Path(__file__).parent / "data" / "prose.txt").read_text(encoding="utf-8").split()
+    source = (Path(__file__).parent.parent / "data" / "prose.txt").read_text(encoding="utf-8").split()
     followers: dict[str, list[str]] = {}
     for word, after in zip(source, [*source[1:], source[0]], strict=True):
         followers.setdefault(word, []).append(after)

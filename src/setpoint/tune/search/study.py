@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from setpoint.errors import ConfigError
-from setpoint.tune.tune_trial import Ask, Observation, Share, document
+from setpoint.tune.search.trial import Ask, Observation, Share, document
 
 SCHEMA = "setpoint.study/1"
 MAX_LINE_BYTES = 1 << 20

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from setpoint.tune.certify import Certificate
 from setpoint.tune.recipe import Recipe
-from setpoint.tune.search import text
+from setpoint.tune.search.certify import Certificate
+from setpoint.tune.search.space import text
+from setpoint.tune.search.tuner import Tuned
 from setpoint.tune.statistics import Interval
-from setpoint.tune.tuner import Tuned
 
 TITLES = {
     "certified": "certified",

@@ -11,9 +11,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from setpoint.tune.search import Setting, text
+from setpoint.tune.search.space import Setting, text
+from setpoint.tune.search.trial import BATCHES, CLIP, Ask, Observation, Share
 from setpoint.tune.statistics import NORMAL
-from setpoint.tune.tune_trial import BATCHES, CLIP, Ask, Observation, Share
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from setpoint.errors import ConfigError
 from setpoint.tune.measure import Run
-from setpoint.tune.search import Setting
+from setpoint.tune.search.space import Setting
 from setpoint.tune.sla import METRICS, Sla, Term, Timing
 from setpoint.tune.statistics import NORMAL, effective_n
 

@@ -1,4 +1,4 @@
-"""One process of the load generator: `python -m setpoint.tune.replay_worker`, spoken to by `replay.py` in JSON lines.
+"""One process of the load generator: `python -m setpoint.tune.replay.worker`, spoken to by `client.py` in JSON lines.
 
 Reads its job, answers `clock` with its clock, starts at the moment it is told and sends every request when it is due,
 whatever became of those before (open loop); within a session a turn also waits for the answer before it and for the
@@ -23,10 +23,10 @@ from typing import Any
 import orjson
 
 from setpoint.tune.measure import RequestLog, Status
-from setpoint.tune.replay_answer import Answer
-from setpoint.tune.replay_http import Address, ConnectionLost, Connections
-from setpoint.tune.replay_prompts import Prompts, words
-from setpoint.tune.run_file import log_document
+from setpoint.tune.replay.answer import Answer
+from setpoint.tune.replay.http import Address, ConnectionLost, Connections
+from setpoint.tune.replay.prompts import Prompts, words
+from setpoint.tune.replay.run_file import log_document
 from setpoint.workload.trace import TraceRequest
 
 PREPARED_S = 0.02  # a request's body is made so long before it is due

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from setpoint.tune.plan import LoadPoint, Plan
-from setpoint.tune.report_html import BAD, GOOD, PAGE
+from setpoint.tune.plan.plan import LoadPoint, Plan
+from setpoint.tune.replay.page import BAD, GOOD, PAGE
 from setpoint.tune.svg import Chart, Line
 
 

@@ -14,9 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from setpoint.config import cache_directory
-from setpoint.tune.calibrate import SCHEMA, Calibration
 from setpoint.tune.documents import DocumentError, from_document
-from setpoint.tune.machine import MachineIdentity
+from setpoint.tune.probe.calibrate import SCHEMA, Calibration
+from setpoint.tune.probe.machine import MachineIdentity
 
 MAX_FILE_BYTES = 1 << 18
 STALE_S = 14 * 86400.0

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from setpoint.tune.search import DEFAULT, Setting
+from setpoint.tune.search.space import DEFAULT, Setting
+from setpoint.tune.search.trial import Ask, Observation, Share, normal_share
 from setpoint.tune.statistics import NORMAL, Interval, beta_cdf, holm, miss_rate_bound, paired_gain, requests_needed
-from setpoint.tune.tune_trial import Ask, Observation, Share, normal_share
 
 BELOW = 0.9  # of the capacity: where a certificate can be had
 LEAST_GAIN = 0.02

@@ -1,13 +1,13 @@
-"""A run as lines for a terminal and as one JSON document; the page for a browser is `report_html.py`."""
+"""A run as lines for a terminal and as one JSON document; the page for a browser is `page.py`."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from setpoint.tune.capacity import Capacity, capacity_document
 from setpoint.tune.measure import Run
 from setpoint.tune.metrics import FIGURES, Summary, Targets, TermResult, class_names, summarize, term_results
+from setpoint.tune.replay.capacity import Capacity, capacity_document
 from setpoint.tune.statistics import clopper_pearson, effective_n
 
 _MARKS = {"ok": "ok", "unknown": "?", "saturated": "SATURATED", "invalid": "INVALID"}

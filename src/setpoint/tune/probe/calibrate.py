@@ -23,8 +23,8 @@ from setpoint.engine.scheduler import Scheduler, SchedulerLimits
 from setpoint.engine.step_cost import ShapeOf, StepCost, StepShape
 from setpoint.engine.step_fit import StepSample, fit_step_cost, leave_one_out, nonnegative_least_squares
 from setpoint.errors import ConfigError, EngineError
-from setpoint.tune.machine import MachineIdentity
-from setpoint.tune.probe_grid import Cell, Grid, grid
+from setpoint.tune.probe.grid import Cell, Grid, grid
+from setpoint.tune.probe.machine import MachineIdentity
 
 SCHEMA = 1
 MOST_NOISE = 0.1  # median distance of the two rounds, as a share

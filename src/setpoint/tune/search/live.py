@@ -22,14 +22,14 @@ from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
 from setpoint.engine.stats import EngineStats
 from setpoint.errors import EngineDeadError, EngineError, QueueFullError
-from setpoint.tune.arrivals import Arrivals
 from setpoint.tune.measure import EngineCounters, RequestLog, Run, Status, Window
-from setpoint.tune.replay_machine import cpu_times, machine_use
-from setpoint.tune.replay_prompts import Prompts
-from setpoint.tune.search import Setting
+from setpoint.tune.replay.host import cpu_times, machine_use
+from setpoint.tune.replay.prompts import Prompts
+from setpoint.tune.replay.tripwires import judged
+from setpoint.tune.search.space import Setting
+from setpoint.tune.search.trial import Ask, Observation, observe
+from setpoint.tune.simulate.arrivals import Arrivals
 from setpoint.tune.sla import Sla
-from setpoint.tune.tripwires import judged
-from setpoint.tune.tune_trial import Ask, Observation, observe
 from setpoint.workload.trace import Trace
 from setpoint.workload.transform import repeated, scale_rate
 

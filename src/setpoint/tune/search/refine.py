@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from setpoint.tune.search import Dimension, Setting, setting_of
+from setpoint.tune.search.space import Dimension, Setting, setting_of
 
 
 def propose(dimensions: Sequence[Dimension], known: Sequence[tuple[Setting, float]]) -> Setting | None:

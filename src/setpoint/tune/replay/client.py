@@ -2,7 +2,7 @@
 
 Requests leave when the trace says, whatever became of those before; latencies count from that moment, so a client or a
 server that falls behind cannot hide it (coordinated omission). The work is done by processes of its own
-(`replay_worker.py`), beside the engine's CPUs where there are any; this module starts them, listens, and puts together.
+(`worker.py`), beside the engine's CPUs where there are any; this module starts them, listens, and puts together.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 
 from setpoint.errors import SetpointError
 from setpoint.tune.measure import RequestLog, Run, Window
-from setpoint.tune.replay_machine import cpu_times, cpus_beside, listener, machine_use
-from setpoint.tune.replay_server import Surveyor, Target
-from setpoint.tune.replay_worker import request_row
-from setpoint.tune.run_file import log_from
+from setpoint.tune.replay.host import cpu_times, cpus_beside, listener, machine_use
+from setpoint.tune.replay.run_file import log_from
+from setpoint.tune.replay.server import Surveyor, Target
+from setpoint.tune.replay.tripwires import judged
+from setpoint.tune.replay.worker import request_row
 from setpoint.tune.sla import Sla
-from setpoint.tune.tripwires import judged
 from setpoint.workload.trace import Trace
 
 START_S = 30.0  # for a process to come up
@@ -55,7 +55,7 @@ class Worker:
     """One process and what it says."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        command = [sys.executable, "-m", "setpoint.tune.replay_worker"]
+        command = [sys.executable, "-m", "setpoint.tune.replay.worker"]
         self._process = subprocess.Popen(  # noqa: S603  # a session of its own: Ctrl-C is for the parent
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )

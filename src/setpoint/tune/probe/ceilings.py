@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from setpoint import _native
-from setpoint.tune.machine import SCHEMA, Ceilings, MachineIdentity, MachineRecord, Noise, Rate, this_identity
+from setpoint.tune.probe.machine import SCHEMA, Ceilings, MachineIdentity, MachineRecord, Noise, Rate, this_identity
 
 SLICE_S = 0.05
 BARRIER_S = 0.1

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from setpoint.errors import ConfigError, SetpointError
-from setpoint.tune.certify import BELOW, LEAST_GAIN, Certificate, Decision, certify, probit_slope
-from setpoint.tune.race import Racer, race
-from setpoint.tune.search import DEFAULT, Dimension, Setting, candidates, shortlist, text
-from setpoint.tune.tune_study import Study
-from setpoint.tune.tune_trial import Ask, Observation
+from setpoint.tune.search.certify import BELOW, LEAST_GAIN, Certificate, Decision, certify, probit_slope
+from setpoint.tune.search.race import Racer, race
+from setpoint.tune.search.space import DEFAULT, Dimension, Setting, candidates, shortlist, text
+from setpoint.tune.search.study import Study
+from setpoint.tune.search.trial import Ask, Observation
 
 SHARES = {"noise": 0.10, "load": 0.12, "race": 0.33, "refine": 0.05, "capacity": 0.12, "certify": 0.28}
 MAX_NOISE = 0.10
@@ -290,7 +290,7 @@ def _still_in(racers: Sequence[Racer]) -> list[Racer]:
 
 
 def _allowed(share: object) -> str:
-    from setpoint.tune.tune_trial import Share
+    from setpoint.tune.search.trial import Share
 
     return f"{1 - share.level:.1%} may" if isinstance(share, Share) else "nothing more is known"
 

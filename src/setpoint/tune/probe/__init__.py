@@ -1,0 +1,1 @@
+"""Is the machine fast, and what does a step cost here: ceilings and calibration, kept per machine."""
