@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    args.more, args.near = 0, 0.0
+    args.more = 0
     source = GGUFFile(resolve_model("smollm2-135m", models_directory()))
     count = source.metadata[f"{source.metadata['general.architecture']}.block_count"]
     assert isinstance(count, int)

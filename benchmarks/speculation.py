@@ -5,15 +5,16 @@
 One engine; the number of drafts is a hot knob, so both sides of a pair run on the same memory within seconds, in
 alternating order. Prompts are in the prefix cache before a measurement, which counts decoding only. Every run has a
 cache salt of its own, so that no run can copy the answers of an earlier one. Outputs with and without drafts are
-compared token by token. The rival decodes the same prompts at batch 1 with its prompt lookup and without. A row whose
-median lies within `--near` of 1 gets up to `--more` further pairs: there the machine's noise decides. --output is
-written after every row. The last line is JSON.
+compared token by token. The rival decodes the same prompts at batch 1 with its prompt lookup and without. A ratio is
+the pseudo-median of its pairs with a 95 % interval (Hodges and Lehmann); where the first pairs leave open on which
+side of its goal it lies, `--more` further pairs are run. --output is written after every row. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import queue
 import statistics
@@ -30,6 +31,7 @@ from setpoint.engine.events import Event
 from setpoint.engine.request import Request
 from setpoint.engine.sampling import SamplingParams
 from setpoint.engine.stats import SpeculationCounters
+from setpoint.tune.statistics import Interval, hodges_lehmann
 from speculation_work import Workload, workloads
 
 SETTLING_S = 5.0  # a start moves weights into huge pages behind the first steps
@@ -123,8 +125,9 @@ def measure(bench: Bench, work: Workload, batch: int, args: argparse.Namespace, 
     rivals: dict[int, list[float]] = {}
     bench.run(groups[0], work.temperature, True)
     ratios: list[float] = []
+    goal = work.goal if batch == 1 else 0.98
     for repeat in range(args.repeat + args.more):
-        if repeat >= args.repeat and abs(statistics.median(ratios) - 1) > args.near:
+        if repeat == args.repeat and not _is_open(ratios, goal):
             break
         group = groups[repeat % len(groups)]
         pair = {
@@ -135,19 +138,22 @@ def measure(bench: Bench, work: Workload, batch: int, args: argparse.Namespace, 
         plain.append(pair[False])
         drafted.append(pair[True])
         ratios.append(pair[True].rate / pair[False].rate)
-        if rival is not None and batch == 1:
+        if rival is not None and batch == 1 and repeat < args.repeat:
             for drafts in (0, *RIVAL_DRAFTS):
                 answer = rival.ask(
                     "decode", prompt=group[0], steps=args.tokens, temperature=work.temperature, drafts=drafts
                 )
                 rivals.setdefault(drafts, []).append(answer["tokens"] / max(answer["seconds"], 1e-9))
+    middle = pseudo_median(ratios)
     num_drafted = sum(run.drafted for run in drafted)
     tokens = sum(sum(map(len, run.outputs)) for run in drafted)
     row: dict[str, Any] = {
         "workload": work.name,
         "batch": batch,
-        "goal": work.goal if batch == 1 else 0.98,
-        "ratio": statistics.median(ratios),
+        "goal": goal,
+        "ratio": middle.estimate,
+        "ratio_low": middle.low,
+        "ratio_high": middle.high,
         "ratios": ratios,
         "plain_tok_s": statistics.median(run.rate for run in plain),
         "drafted_tok_s": statistics.median(run.rate for run in drafted),
@@ -164,11 +170,21 @@ def measure(bench: Bench, work: Workload, batch: int, args: argparse.Namespace, 
     return row
 
 
+def pseudo_median(ratios: list[float]) -> Interval:
+    logs = hodges_lehmann([math.log(ratio) for ratio in ratios])
+    return Interval(*(math.exp(value) for value in (logs.estimate, logs.low, logs.high)))
+
+
+def _is_open(ratios: list[float], goal: float) -> bool:
+    middle = pseudo_median(ratios)
+    return middle.low < goal < middle.high
+
+
 def show(row: dict[str, Any]) -> None:
     acceptance = "-" if row["acceptance"] is None else f"{row['acceptance']:.0%}"
-    low, high = min(row["ratios"]), max(row["ratios"])
     line = (
-        f"{row['workload']:<18} batch {row['batch']:>2}  {row['ratio']:5.2f}x ({low:.2f}-{high:.2f})  "
+        f"{row['workload']:<18} batch {row['batch']:>2}  {row['ratio']:5.2f}x ({row['ratio_low']:.2f}-"
+        f"{row['ratio_high']:.2f}, {len(row['ratios'])} pairs)  "
         f"goal {row['goal']:.2f}  {row['plain_tok_s']:7.1f} -> {row['drafted_tok_s']:7.1f} tok/s  accepted {acceptance}"
     )
     if "llama_cpp_ratio" in row:
@@ -182,9 +198,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--config", default="auto", help="as --speculative-config")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--more", type=int, default=16)
-    parser.add_argument("--near", type=float, default=0.1)
+    parser.add_argument("--repeat", type=int, default=8)
+    parser.add_argument("--more", type=int, default=56)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--workloads", nargs="+", help="beginnings of their names")
@@ -203,7 +218,7 @@ def main() -> None:
         )
     rows: list[dict[str, Any]] = []
     document = {"benchmark": "speculation", "model": args.model, "config": args.config, "repeat": args.repeat}
-    document |= {"more": args.more, "near": args.near, "tokens": args.tokens}
+    document |= {"more": args.more, "tokens": args.tokens}
     document |= {"machine": platform.processor() or platform.machine(), "rows": rows}
     try:
         for work in workloads(max(16, *args.batches)):

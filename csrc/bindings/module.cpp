@@ -9,6 +9,7 @@ NB_MODULE(_native, m) {
   setpoint::bind_sampling(m);
   setpoint::bind_weights(m);
   setpoint::bind_text(m);
+  setpoint::bind_speculation(m);
   setpoint::bind_program(m);
   setpoint::bind_probe(m);
 }

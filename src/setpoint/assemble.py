@@ -29,6 +29,7 @@ from setpoint.engine.slo import HeldSla
 from setpoint.engine.speculation.draft_model import DraftModel
 from setpoint.engine.speculation.drafter import Drafter
 from setpoint.engine.speculation.prompt_lookup import PromptLookup
+from setpoint.engine.speculation.recurring_text import Texts
 from setpoint.engine.speculation.speculator import Speculator
 from setpoint.engine.speculation.suffix import CorpusSuffix, SessionSuffix
 from setpoint.engine.step_cost import StepCost
@@ -310,9 +311,14 @@ def _same_tokens(one: _OpenedModel, other: _OpenedModel) -> bool:
 
 
 def _make_speculator(config: SpeculativeConfig, draft: _DraftModel | None, weight_bytes: int) -> Speculator | None:
-    lookups = {"prompt-lookup": (PromptLookup,), "suffix": (SessionSuffix, CorpusSuffix)}
-    lookups["auto"] = (*lookups["suffix"], *lookups["prompt-lookup"])
-    drafters: list[Drafter] = [make() for make in lookups.get(config.method, ())]
+    from setpoint._native import RecurringText, TextFollower
+
+    texts = Texts(RecurringText, TextFollower)
+    drafters: list[Drafter] = []
+    if config.method in ("auto", "suffix"):
+        drafters += [SessionSuffix(texts), CorpusSuffix(texts)]
+    if config.method == "prompt-lookup":
+        drafters.append(PromptLookup())
     model = None
     if draft is not None:
         runner = _make_runner(draft.opened, draft.config)

@@ -21,8 +21,9 @@ from setpoint.engine.speculation.calibration import Calibration
 from setpoint.engine.speculation.draft_model import DraftModel
 from setpoint.engine.speculation.drafter import MAX_DRAFTS, Draft, Drafter
 from setpoint.engine.speculation.prompt_lookup import PromptLookup, continuation
+from setpoint.engine.speculation.recurring_text import RecurringText
 from setpoint.engine.speculation.speculator import Speculator
-from setpoint.engine.speculation.suffix import CorpusSuffix, RecurringText, SessionSuffix
+from setpoint.engine.speculation.suffix import CorpusSuffix, SessionSuffix
 from setpoint.engine.speculation.suffix_automaton import Follower, SuffixAutomaton
 from setpoint.engine.speculation.verify_cost import VerifyCost
 from setpoint.errors import ConfigError
@@ -78,7 +79,7 @@ def test_a_follower_finds_the_longest_end_that_occurs(text: list[int], other: li
 def test_a_growing_text_knows_where_its_end_occurred_before(text: list[int]) -> None:
     recurring = RecurringText()
     for end, token in enumerate(text, 1):
-        recurring.append(token)
+        recurring.extend([token], 0, 1)
         assert recurring.matched == longest_repeat(text[:end])
         if recurring.matched:
             assert recurring.source < end

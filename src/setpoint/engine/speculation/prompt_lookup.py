@@ -29,8 +29,12 @@ class _Index:
 
     def extend(self, token_ids: list[int], end: int) -> None:
         for length, table in zip(LENGTHS, self.tables, strict=True):
-            for last in range(max(self.done, length - 1), end):
-                table[tuple(token_ids[last - length + 1 : last + 1])] = last + 1
+            first = max(self.done, length - 1)
+            if first >= end:
+                continue
+            ends = range(first + 1, end + 1)
+            runs = zip(*(token_ids[first - back : end - back] for back in reversed(range(length))), strict=True)
+            table.update(zip(runs, ends, strict=True))
         self.size += end - self.done
         self.done = end
 
@@ -83,7 +87,11 @@ def _draft(index: _Index, token_ids: list[int], max_drafts: int) -> Draft | None
 
 def continuation(token_ids: list[int], source: int, count: int) -> list[int]:
     """`count` tokens from `source` on; past the end of the text it goes on with itself, as a repetition does."""
-    copied = token_ids[source : source + count]
-    while len(copied) < count:
-        copied += copied[: count - len(copied)]
-    return copied
+    return repeated(token_ids[source : source + count], count)
+
+
+def repeated(token_ids: list[int], count: int) -> list[int]:
+    """At least one token, again and again until there are `count`."""
+    while len(token_ids) < count:
+        token_ids += token_ids[: count - len(token_ids)]
+    return token_ids

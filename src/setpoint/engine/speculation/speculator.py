@@ -72,6 +72,7 @@ class _Step:
     num_drafts: int = 0
     num_accepted: int = 0
     drafting_seconds: float = 0.0  # that the draft model took
+    is_model: bool = False  # the drafts are the draft model's
 
 
 class Speculator:
@@ -91,7 +92,7 @@ class Speculator:
         self._model_share = 0.0 if model is None else model.cost_share
         self._acceptance = [Acceptance() for _ in self.drafters]
         self._step: _Step | None = None
-        self._calibration = Calibration()
+        self._calibration, self._model_calibration = Calibration(), Calibration()
         self._net = _FIRST_NET  # time that looking up saves, less what it takes; as a share of a step
         self._num_steps = self._awake_until = 0
         self._steps_without_model = 0
@@ -109,11 +110,15 @@ class Speculator:
         limit = min(max_drafts, MAX_DRAFTS)
         if not decodes or limit < 1:
             return
-        row_cost = self._row_cost(len(decodes), num_prefill) if self.cost.is_known else 0.0
         self._num_steps += 1
+        is_awake = self._net > 0 or self._num_steps < self._awake_until
+        is_watching = self._num_steps % _WATCH_EVERY == 0
+        if self._model is None and not is_awake and not is_watching:
+            return  # most steps of a text that repeats nothing: they must cost nothing
+        row_cost = self._row_cost(len(decodes), num_prefill) if self.cost.is_known else 0.0
         choices, looking_seconds = [], 0.0
-        watch_every = _WATCH_DEAR_EVERY if row_cost > _DEAR_ROW else _WATCH_EVERY
-        if self._net > 0 or self._num_steps < self._awake_until or self._num_steps % watch_every == 0:
+        is_watching &= row_cost <= _DEAR_ROW or self._num_steps % _WATCH_DEAR_EVERY == 0
+        if is_awake or is_watching:
             began = self._clock()
             choices = self._look_up(decodes, limit, 0.5 * row_cost)
             looking_seconds = self._clock() - began
@@ -244,22 +249,28 @@ class Speculator:
                 survival[position] += probability
         self._steps_without_model += 1
         if self._steps_without_model >= _MODEL_RETRY_STEPS and room >= 2 * num_decodes:
+            step.expected_tokens = 0.0
             return min(2, limit)
         catch_up = sum(self._model.num_missing(seq) - 1 for seq in decodes)
         share = self._model_share
-        overhead = share * self.cost.seconds(catch_up) / _CATCH_UP_OVER if catch_up > 0 else 0.0
+        to_catch_up = share * self.cost.seconds(catch_up) if catch_up > 0 else 0.0
+        to_come = sum(map(_most, decodes)) + num_decodes  # tokens at most: the prompts pay off by their end or never
         best, tokens, before = 0, float(num_decodes), self.cost.seconds(step.rows)
+        honesty = self._model_calibration.drafted(num_decodes)
         for length in range(1, min(limit, room // num_decodes) + 1):
             tokens += survival[length - 1]
             verify = step.plain_seconds + self.cost.seconds(step.rows + length * num_decodes) - before
-            rate = tokens / (verify + overhead + length * share * step.plain_seconds)
-            if rate > step.rate:
-                step.rate, best, step.expected_tokens = rate, length, 0.0
+            overhead = to_catch_up / max(1.0, min(_CATCH_UP_OVER, to_come / tokens))
+            seconds = verify + overhead + length * share * step.plain_seconds
+            if honesty * tokens / seconds > step.rate:
+                step.rate, best = honesty * tokens / seconds, length
+                step.expected_tokens, step.expected_seconds = tokens, seconds
         return best
 
     def _ask_model(self, decodes: abc.Sequence[Sequence], length: int) -> list[_Choice]:
         assert self._model is not None
         assert self._step is not None
+        self._step.is_model = True
         number, began = self._num_lookups, self._clock()
         catch_up = sum(self._model.num_missing(seq) - 1 for seq in decodes)
         drafts = self._model.propose(decodes, length)
@@ -306,8 +317,9 @@ class Speculator:
             saved = gained - (own + step.drafting_seconds - step.seconds)
             if step.expected_tokens:
                 tokens = (step.num_decodes + step.num_accepted) / step.expected_tokens
-                took = (step.plain_seconds + own - step.seconds) / step.expected_seconds
-                self._calibration.learn_drafted(step.num_decodes, tokens, took)
+                took = (step.plain_seconds + own + step.drafting_seconds - step.seconds) / step.expected_seconds
+                calibration = self._model_calibration if step.is_model else self._calibration
+                calibration.learn_drafted(step.num_decodes, tokens, took)
         elif num_prefill == 0:
             self._calibration.learn_plain(step.num_decodes, own / step.plain_seconds)
         self.counters.saved_seconds += saved - step.looking_seconds
