@@ -20,6 +20,7 @@ from setpoint.tune.metrics import Targets, summarize
 from setpoint.tune.replay.client import ReplayOptions, replay
 from setpoint.tune.replay.run_file import read_run
 from setpoint.tune.replay.server import ServerError, Surveyor
+from setpoint.tune.replay.urgency import NICE
 from setpoint.workload.trace import Trace, TraceHeader, TraceRequest, write_trace
 
 SETPOINT = [sys.executable, "-m", "setpoint.cli.main"]
@@ -73,6 +74,7 @@ def test_tokens_and_requests_reconcile_with_the_server(surveyor: Surveyor, proce
             if log.turn:
                 assert log.cached_tokens >= 48  # the turn before it is in the real cache
     assert run.provenance["client"]["processes"] == processes
+    assert run.provenance["client"]["urgency"] in ("real time", f"nice {NICE}", "none")
 
 
 def test_equal_salts_are_found_in_the_cache_and_new_ones_are_not(surveyor: Surveyor) -> None:

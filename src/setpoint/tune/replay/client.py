@@ -149,7 +149,8 @@ def replay(
     job = target.job(trace, options.salt) | {"timeout_s": options.timeout_s, "cpus": cpus}
     workers = [Worker(job | {"requests": share}) for share in _shares(trace, options.processes)]
     try:
-        skew = max((_ready(worker) for worker in workers), key=abs)
+        urgency = sorted({_ready(worker) for worker in workers})
+        skew = max((worker.clock_skew() for worker in workers), key=abs)
         pids = [worker.pid for worker in workers]
         before, times_before = surveyor.counters(), cpu_times(pids, engine)
         start = time.monotonic() + LEAD_S
@@ -190,7 +191,12 @@ def replay(
             "began_unix_s": began_unix,
             "trace": {"source": trace.header.source, "scaling": list(trace.header.scaling)},
             "salt": options.salt,
-            "client": {"processes": len(workers), "cpus": cpus, "warm_up_requests": warmed},
+            "client": {
+                "processes": len(workers),
+                "cpus": cpus,
+                "urgency": ", ".join(urgency),
+                "warm_up_requests": warmed,
+            },
             "fields": target.fields,
             "prompts": "token ids" if target.pool is not None else "text",
             **(provenance or {}),
@@ -211,11 +217,12 @@ def _shares(trace: Trace, processes: int) -> list[list[list[Any]]]:
     return [share for share in shares if share]
 
 
-def _ready(worker: Worker) -> float:
-    """Waits for the process; its clock's skew."""
-    if worker.hear(START_S) is None:
+def _ready(worker: Worker) -> str:
+    """Waits for the process; how urgently the system runs it."""
+    answer = worker.hear(START_S)
+    if answer is None:
         raise ClientError("a process of the load generator does not start")
-    return worker.clock_skew()
+    return str(answer["ready"])
 
 
 def _listen(workers: Sequence[Worker], start: float, on_progress: OnProgress) -> tuple[bool, float]:

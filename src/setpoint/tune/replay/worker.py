@@ -27,6 +27,7 @@ from setpoint.tune.replay.answer import Answer
 from setpoint.tune.replay.http import Address, ConnectionLost, Connections
 from setpoint.tune.replay.prompts import Prompts, words
 from setpoint.tune.replay.run_file import log_document
+from setpoint.tune.replay.urgency import become_urgent
 from setpoint.workload.trace import TraceRequest
 
 PREPARED_S = 0.02  # a request's body is made so long before it is due
@@ -265,7 +266,7 @@ def main() -> int:
     if job["cpus"]:
         os.sched_setaffinity(0, job["cpus"])
     words()
-    _print({"ready": True})
+    _print({"ready": become_urgent()})
     for line in sys.stdin.buffer:
         command = json.loads(line)
         if "start" in command:
