@@ -132,11 +132,11 @@ class Server:
 def setpoint(model: Path, log: Path, *flags: object) -> Server:
     """`setpoint serve` of this checkout."""
     command = [sys.executable, "-m", "setpoint.cli.main", "serve", model, "--served-model-name", "default"]
-    return Server([*command, *map(str, flags)], "/readyz", log)
+    return Server([*map(str, command), *map(str, flags)], "/readyz", log)
 
 
 def llama_server(program: Path, model: Path, log: Path, *flags: object) -> Server:
     """llama.cpp's server, at its defaults but for threads and what is given."""
     threads = str(len(os.sched_getaffinity(0)))
     command = [program, "--model", model, "--host", "127.0.0.1", "--threads", threads, "--no-webui"]
-    return Server([*command, *map(str, flags)], "/health", log)
+    return Server([*map(str, command), *map(str, flags)], "/health", log)

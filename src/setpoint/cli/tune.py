@@ -151,6 +151,7 @@ def _tune(config: EngineConfig, trace: Trace, sla: Sla, budget_s: float, study: 
     from setpoint.assemble import build_engine, scheduler_limits, survey
     from setpoint.engine.events import Event
     from setpoint.tune.replay.prompts import words
+    from setpoint.tune.replay.urgency import become_urgent
     from setpoint.tune.search.live import LiveMeasure, Replayer
     from setpoint.tune.search.refine import propose
     from setpoint.tune.search.space import space
@@ -173,6 +174,7 @@ def _tune(config: EngineConfig, trace: Trace, sla: Sla, budget_s: float, study: 
         assembly = build_engine(built, events.put, progress=bar, phase=status, chats=False)
     try:
         assembly.engine.start()
+        become_urgent()  # this thread sends the requests; the engine's threads are there already and stay as they are
         pool = assembly.tokenizer.encode(" ".join(words()), add_special_tokens=False)
         replayer = Replayer(assembly.engine, events, pool, assembly.tokenizer.bos_token_id)
 
@@ -181,6 +183,7 @@ def _tune(config: EngineConfig, trace: Trace, sla: Sla, budget_s: float, study: 
 
         parts = {"tune": tuned_on, "holdout": held_out}
         measure = LiveMeasure(replayer, parts, sla, limits_of, accept_noise=accept_noise)
+        measure.warm_up()
         return Tuner(job, measure, study, lambda line: say(f"setpoint: {line}")).run()
     finally:
         assembly.engine.shutdown()

@@ -7,6 +7,7 @@ prompts of a pair are equal, and nothing of one run is found in the cache of ano
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import queue
@@ -26,7 +27,7 @@ from setpoint.tune.measure import EngineCounters, RequestLog, Run, Status, Windo
 from setpoint.tune.replay.host import cpu_times, machine_use
 from setpoint.tune.replay.prompts import Prompts
 from setpoint.tune.replay.tripwires import judged
-from setpoint.tune.search.space import Setting
+from setpoint.tune.search.space import DEFAULT, Setting
 from setpoint.tune.search.trial import Ask, Observation, observe
 from setpoint.tune.simulate.arrivals import Arrivals
 from setpoint.tune.sla import Sla
@@ -34,6 +35,7 @@ from setpoint.workload.trace import Trace
 from setpoint.workload.transform import repeated, scale_rate
 
 LEAD_S = 0.05
+WARM_UP_S = 3.0
 ABORT_S = 10.0
 OTHERS_WORK = ("machine", "client lag")  # tripwires that the work of others trips
 
@@ -229,6 +231,14 @@ class LiveMeasure:
         self._accept_noise = accept_noise
         bounds = [term.bound for term in sla.terms if term.metric != "error"]
         self._patience_s = min(20.0, max(2.0, 3 * max(bounds, default=1.0)))
+
+    def warm_up(self) -> None:
+        """A run that nobody looks at: what happens once (imports, first pages of the cache) happens in it."""
+        trace = window(self._parts["tune"], 1.0, 0, WARM_UP_S)
+        limits = self._limits_of(DEFAULT)
+        self._replayer.run(trace, limits, salt="warm-up", patience_s=self._patience_s, seconds=WARM_UP_S)
+        gc.collect()
+        gc.freeze()  # what stays need not be looked through in the middle of a run
 
     def __call__(self, ask: Ask) -> Observation:
         began = time.monotonic()

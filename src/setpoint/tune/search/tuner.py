@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from setpoint.errors import ConfigError, SetpointError
 from setpoint.tune.search.certify import BELOW, LEAST_GAIN, Certificate, Decision, certify, probit_slope
@@ -23,6 +23,7 @@ MAX_NOISE = 0.10
 NOISE_PAIRS = 3
 LOWEST_LOAD, HIGHEST_LOAD = 1 / 64, 256.0
 LEAST_RUN_S = 3.0
+AGAIN = 2  # times that a run which says nothing is repeated
 CERTIFY_SEEDS = 5
 Measure = Callable[[Ask], Observation]
 Say = Callable[[str], None]
@@ -95,6 +96,7 @@ class Tuner:
         self.job, self._measure, self._study, self._say = job, measure, study, say
         self.spent_s = 0.0
         self.best = "default"
+        self._repeated = 0
         self._until_s = 0.0
         self.run_s = max(LEAST_RUN_S, job.budget_s / 50)
 
@@ -122,6 +124,8 @@ class Tuner:
         self._capacities(tuned, own, finalists[:2])
         self._certify(tuned)
         tuned.spent_s = self.spent_s
+        if self._repeated:
+            tuned.notes.append(f"{self._repeated} runs said nothing and were repeated; the study has their reasons")
         return tuned
 
     # --- stages --------------------------------------------------------------------------------------------------
@@ -270,6 +274,16 @@ class Tuner:
         self._until_s = ends * self.job.budget_s
 
     def _ask(self, ask: Ask) -> Observation:
+        """A run that a tripwire made invalid is repeated: it says nothing of the setting, only of the moment."""
+        seen = self._ask_once(ask)
+        for number in range(1, AGAIN + 1):
+            if seen.state != "invalid" or self.spent_s > self.job.budget_s:
+                break
+            self._repeated += 1
+            seen = self._ask_once(replace(ask, stage=f"{ask.stage} again {number}"))
+        return seen
+
+    def _ask_once(self, ask: Ask) -> Observation:
         seen = self._study.find(ask)
         if seen is None:
             seen = self._measure(ask)
