@@ -45,6 +45,7 @@ SLA = "ttft.p95<3s,tpot.p95<100ms"
 LENGTHS = {"chat": 8.0, "agent": 16.0, "rag": 8.0, "code": 8.0}
 TRACE_S, RATE, HOLDOUT = 1200.0, 1.0, 0.3
 TIMEOUT_S = 20.0
+RESTART_S = 2.0
 SYSTEMS = ("tuned", "default", "llama.cpp best", "llama.cpp default")
 
 
@@ -120,10 +121,12 @@ class Bench:
                 load.append(load[-1] * 1.6)
         say(f"llama-server's flags are compared at {load[-1]:.2f} x")
 
-        def score(server: servers.Server) -> float:
-            return observe(self._run(server, trace, load[-1], 12, 1), self.sla, 0.0).score
-
         left = until - time.monotonic()
+        seconds = max(10.0, left / (slo_rival.NUM_TRIALS + 1) - RESTART_S)
+
+        def score(server: servers.Server) -> float:
+            return observe(self._run(server, trace, load[-1], seconds, 1), self.sla, 0.0).score
+
         return slo_rival.best_flags(self.program, self.model, folder, score, left, say)
 
     def _run(

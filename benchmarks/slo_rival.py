@@ -18,6 +18,7 @@ CHOICES: Mapping[str, Sequence[Flags]] = {
     "cache": ((), ("--cache-reuse", "64"), ("--cache-ram", "0"), ("--slot-prompt-similarity", "0.5")),
     "attention": ((), ("--flash-attn", "off")),
 }
+NUM_TRIALS = 1 + sum(len(values) - 1 for values in CHOICES.values())
 Score = Callable[[servers.Server], float]  # of a few seconds of traffic; higher is better
 
 

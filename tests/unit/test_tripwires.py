@@ -168,3 +168,11 @@ def test_a_growing_queue_is_told_from_a_busy_one() -> None:
     assert share(0.5) <= 0.05
     assert share(0.8) <= 0.15
     assert outcome(queue_run(1.5, 1, seconds=20.0), "saturation") == "unknown"
+
+
+def test_lag_is_held_against_the_metrics_that_it_distorts() -> None:
+    run, sla = good_run(), Sla.parse("ttft.p95<2s,tpot.p95<30ms")
+    late = replace(run, logs=tuple(replace(log, sent_s=log.scheduled_s + 0.005) for log in run.logs))
+    said = [judged(late, (sla,), late_metrics=metrics).verdicts[0] for metrics in (("ttft", "tpot"), ("ttft", "e2e"))]
+    assert [verdict.tripwire for verdict in said] == ["client lag"] * 2
+    assert [verdict.outcome for verdict in said] == ["invalid", "ok"]
