@@ -125,7 +125,11 @@ class Bench:
         seconds = max(10.0, left / (slo_rival.NUM_TRIALS + 1) - RESTART_S)
 
         def score(server: servers.Server) -> float:
-            return observe(self._run(server, trace, load[-1], seconds, 1), self.sla, 0.0).score
+            for _ in range(3):
+                seen = observe(self._run(server, trace, load[-1], seconds, 1), self.sla, 0.0)
+                if seen.counts:
+                    return seen.score
+            raise servers.ServerFailed(f"no valid run: {seen.detail}")
 
         return slo_rival.best_flags(self.program, self.model, folder, score, left, say)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 UNMET, INVALID, INTERRUPTED = 1, 5, 130
 MAX_INVALID = 3  # runs in a row before a search gives up
+MOST_POINT = 6.0  # times its length, for a run at a low load
 POINT_S = 60.0  # of trace for each load of a search
 
 
@@ -138,7 +139,10 @@ def _search(
     invalid = 0
     while (factor := search.next_factor()) is not None:
         number = len(runs)
-        part = point_trace(loaded, factor, duration or POINT_S, seed + number)
+        seconds = enough_seconds(duration or POINT_S, base_rate * factor, targets)
+        if seconds > (duration or POINT_S):
+            say(f"load {factor:.3f}: {seconds:.0f} s, since fewer requests cannot show the SLA")
+        part = point_trace(loaded, factor, seconds, seed + number)
         run = measure(part, f"{salt}.{number}", f"load {factor:.3f}", number == 0)
         runs.append(run)
         if run.is_cut_short:
@@ -167,6 +171,15 @@ def _search(
         say(f"{MAX_INVALID} invalid runs in a row: this machine cannot decide now")
         return INVALID
     return UNMET if capacity.interval is None else 0
+
+
+def enough_seconds(seconds: float, rate: float, targets: Targets) -> float:
+    """At least `seconds`, and until as many requests have come as a percentile needs that none misses; bounded."""
+    from setpoint.tune.statistics import requests_needed
+
+    levels = [term.level for sla in targets.all for term in sla.terms if term.level is not None and 0 < term.level < 1]
+    needed = max((requests_needed(level) for level in levels), default=0)
+    return max(seconds, min(needed / max(rate, 1e-9), MOST_POINT * seconds))
 
 
 def point_trace(trace: Trace, factor: float, seconds: float, seed: int) -> Trace:

@@ -1,9 +1,10 @@
-"""setpoint explain REQUEST_ID"""
+"""setpoint explain REQUEST_ID | RECIPE.toml"""
 
 from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,7 +21,7 @@ PATIENCE_S = 10.0
 MAX_BYTES = 1 << 20
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
-app = command_app("Show where the time of a request went, and which knob would have helped.")
+app = command_app("Show where the time of a request went, or why a recipe is what it is.")
 
 
 class ExplainError(SetpointError):
@@ -29,19 +30,37 @@ class ExplainError(SetpointError):
 
 @app.command()
 def explain(
-    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="The `id` of an answer.")],
+    subject: Annotated[str, typer.Argument(metavar="REQUEST_ID|RECIPE", help="The `id` of an answer, or a recipe.")],
     url: Annotated[str, typer.Option(help="The server that gave it.")] = "http://127.0.0.1:8000",
     api_key: Annotated[str | None, typer.Option(help="The key that sent it. Default: SETPOINT_API_KEY.")] = None,
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="What a recipe was tuned on.")] = None,
     json: Json = False,
 ) -> None:
-    """Draw the path of one request in time, with the causes of what it waited for."""
-    if not _ID.fullmatch(request_id):
-        raise ConfigError("REQUEST_ID must be the `id` of an answer, as in chatcmpl-1f0c")
-    document = fetch(request_id, url, api_key or api_key_from_environment())
+    """Draw the path of one request in time, with the causes of what it waited for.
+
+    Of a recipe (a .toml file): what each knob does, what binds, what more of a resource would be worth.
+    """
+    if subject.endswith(".toml"):
+        _recipe(Path(subject), trace, json)
+        return
+    if not _ID.fullmatch(subject):
+        raise ConfigError("give the `id` of an answer, as in chatcmpl-1f0c, or a recipe.toml")
+    document = fetch(subject, url, api_key or api_key_from_environment())
     if json:
         print_json(document)
         return
     for line in draw(document, min(shutil.get_terminal_size().columns, 120)):
+        print(printable(line))
+
+
+def _recipe(path: Path, trace: Path | None, json: bool) -> None:
+    from setpoint.cli import explain_recipe as recipes
+
+    recipe, found = recipes.explain_recipe(path, trace)
+    if json:
+        print_json(recipes.document(recipe, found))
+        return
+    for line in recipes.draw(recipe, found):
         print(printable(line))
 
 

@@ -223,7 +223,7 @@ def make_plan(
     possible = all(value < term.bound for term, value in zip(sla.terms, floor, strict=True))
     found = loads.capacity() if possible else None
     if found is not None:
-        bound = binding(loads, _first_failure(loads, loads.at(found.load * STEP**2)))
+        bound = binding(loads, first_failure(loads, loads.at(found.load * STEP**2)))
     else:
         bound = _binding(setup, single, tuple(_failing(sla, floor)) or ("the SLA at any load",), 0.0)
     shares = (share * (1.0 if found is None else found.load) for share in _CURVE)
@@ -243,7 +243,7 @@ def make_plan(
     return plan
 
 
-def _first_failure(loads: Loads, point: LoadPoint) -> LoadPoint:
+def first_failure(loads: Loads, point: LoadPoint) -> LoadPoint:
     while point.holds and point.load < HIGHEST:
         point = loads.at(point.load * 1.2)
     return point

@@ -19,12 +19,13 @@ import numpy as np
 from setpoint.errors import ConfigError
 from setpoint.tune.measure import Run
 from setpoint.tune.metrics import Targets
-from setpoint.tune.statistics import NORMAL, Floats, Interval, effective_n, t_quantile
+from setpoint.tune.statistics import NORMAL, Floats, Interval, clopper_pearson, effective_n, t_quantile
 
 LOWEST, HIGHEST = 1e-3, 1e3  # load multipliers
 LOCAL = 1.6  # points within this factor of the border decide where it is
 PATTERN = (1.0, 0.85, 1.12, 0.92, 1.06)  # of the estimate: loads on both sides of the border
 MIN_POINTS = 5
+FUTILE_RANGE = 3.9  # loads that are so far apart and miss the SLA alike say that load is not why
 BATCHES = 10  # of a run: longer than what a busy period makes alike
 
 
@@ -138,7 +139,7 @@ class CapacitySearch:
         if not failed:
             return self._within(max(met) * 2.0)
         if not met:
-            return self._within(min(failed) / 2.0)
+            return None if self.futile() else self._within(min(failed) / 2.0)
         low, high = _bracket(met, failed)
         if high / low > 1.25:
             return math.sqrt(low * high)
@@ -155,7 +156,11 @@ class CapacitySearch:
         met = [point.factor for point in points if point.is_met]
         failed = [point.factor for point in points if not point.is_met]
         if not met or not failed:
-            reason = "no load that meets the SLA was found" if not met else "every load that was tried meets the SLA"
+            reason = self.futile() or "no load that meets the SLA was found"
+            if met:
+                reason = (
+                    f"every load that was tried meets the SLA, up to {max(met):.3g} times the trace's; give more runs"
+                )
             return Capacity(None, "", None, points, reason)
         low, high = _bracket(met, failed)
         centre = math.sqrt(low * high)
@@ -178,6 +183,28 @@ class CapacitySearch:
         saturated = [point.factor for point in points if point.is_saturated and point.factor > found.estimate]
         capacity = Interval(found.estimate, found.low, min([found.high, *saturated]))
         return Capacity(capacity, binding, isotonic_border(usable, binding), points, "", fits)
+
+    def futile(self) -> str:
+        """Why no load meets the SLA, once the lowest one misses it surely and no less than higher ones; else nothing.
+
+        A p95 that long prompts miss by themselves is missed at every load: halving it further shows the same again.
+        """
+        if not self.points or any(point.is_met for point in self.points):
+            return ""
+        lowest = min(self.points, key=lambda point: point.factor)
+        far = [p for p in self.points if p.factor >= FUTILE_RANGE * lowest.factor and not p.is_saturated]
+        for name, share in lowest.shares.items():
+            effective = share.n / lowest.design_effect
+            missed = 1 - share.met / share.n
+            surely = clopper_pearson(missed * effective, effective)
+            others = [1 - p.shares[name].met / p.shares[name].n for p in far if name in p.shares]
+            if others and surely.low > 1 - share.level and surely.high >= min(others):
+                return (
+                    f"this SLA cannot be met at any load: {missed:.1%} of the requests miss {name} at "
+                    f"{lowest.factor:.3g} x the trace's load ({1 - share.level:.1%} may), as many as at higher ones; "
+                    "relax it or shorten the prompts"
+                )
+        return ""
 
     def _within(self, factor: float) -> float | None:
         return factor if LOWEST <= factor <= HIGHEST else None

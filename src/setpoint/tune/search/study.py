@@ -66,22 +66,26 @@ class Study:
             raise StudyError(f"{path} cannot be written: {error.strerror}") from None
 
     def _read(self, path: Path) -> None:
-        try:
-            rows = path.read_bytes().split(b"\n")
-        except OSError as error:
-            raise StudyError(f"{path} cannot be read: {error.strerror}") from None
-        if len(rows) > MAX_LINES or any(len(row) > MAX_LINE_BYTES for row in rows):
-            raise StudyError(f"{path.name} is too large for a study")
-        whole, torn = rows[:-1], rows[-1]
-        del torn  # a line without its end was being written when the run ended
-        head = _json(whole[0], 1) if whole else {}
+        head, runs = read_study(path)
         if head != self.head:
             names = [name for name in self.head if head.get(name) != self.head[name]]
             raise StudyError(f"{path.name} is of another tuning ({', '.join(names) or 'no head'} differ)")
-        for number, row in enumerate(whole[1:], 2):
-            ask, seen = _line(_json(row, number), number)
+        for ask, seen in runs:
             self.lines.append((ask, seen))
             self._known[_key(ask)] = seen
+
+
+def read_study(path: Path) -> tuple[dict[str, Any], list[tuple[Ask, Observation]]]:
+    """The head and the runs of a study. A last line without its end was being written when the run ended."""
+    try:
+        rows = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read: {error.strerror}") from None
+    if len(rows) > MAX_LINES or any(len(row) > MAX_LINE_BYTES for row in rows):
+        raise StudyError(f"{path.name} is too large for a study")
+    whole = rows[:-1]
+    head = _json(whole[0], 1) if whole else {}
+    return head, [_line(_json(row, number), number) for number, row in enumerate(whole[1:], 2)]
 
 
 def _key(ask: Ask) -> str:
