@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 from engine_support import Harness, request
 
 from setpoint.engine.diagnosis import Divergence
 from setpoint.engine.explanation import Explanation, Limits, advice, totals
 from setpoint.engine.timeline import Cause, Kind, Span, Timeline
+from setpoint.server.explain import Explanations
 
 LIMITS = Limits(64, 512, 4096)
 
@@ -87,3 +91,24 @@ def test_nothing_to_tell_is_nothing_told() -> None:
     (read,) = harness.scheduler.timelines.read("a", 9.0) or []
     assert sum(totals(read).values()) > 0
     assert len(advice(read, LIMITS)) <= 3
+
+
+def test_what_the_pacer_cut_is_named() -> None:
+    parts = ((Cause.PREFILL, 0.7), (Cause.PACER, 0.3))
+    span = Span(Kind.PREFILL, 0.0, 1.0, parts, num_steps=6, num_tokens=400, paced_steps=4)
+    told = advice(Timeline(spans=[span], finished=1.0, num_prompt=400), LIMITS)
+    assert "the pacer made 4 of these steps smaller" in told[0]
+    assert told[1].startswith("Waited 300 ms (30%) because the pacer let in fewer")
+
+
+def test_the_time_for_a_grammar_is_part_of_the_preparation() -> None:
+    made = timeline((Kind.PREFILL, Cause.PREFILL, 0.5), finished=0.5)
+    explained = Explanation((made,), LIMITS, 0.5)
+    job = SimpleNamespace(id="cmpl-1", tenant="key", grammar_s=0.3)
+    explanations = Explanations(lambda engine_id: explained, lambda: 0.5)
+    explanations.begin(SimpleNamespace(job=job, engine_ids=["cmpl-1"]), -0.4)  # type: ignore[arg-type]
+    body = explanations.body("cmpl-1", "key")
+    assert body is not None
+    assert body["path"][0]["parts"] == pytest.approx({"grammar": 0.3, "prepare": 0.1})
+    assert body["causes"]["grammar"] == pytest.approx(0.3)
+    assert "until its grammar was compiled" in body["advice"][0]

@@ -17,6 +17,7 @@ from engine_support import scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from setpoint.engine.slo import HeldSla, Slo
 from setpoint.workload import record
 from setpoint.workload.describe import describe, hit_rate
 from setpoint.workload.record import BLOCK_TOKENS, Recording, Seen, block_ids
@@ -395,3 +396,11 @@ def test_a_longer_conversation_begins_with_the_shorter_one() -> None:
 
 def test_the_estimate_is_as_stated() -> None:
     assert [estimated(count) for count in (0, 1, 4, 5)] == [0, 1, 1, 2]
+
+
+def test_the_target_that_a_request_brought_is_recorded(tmp_path: Path) -> None:
+    target = str(Slo(0.3, 0.03))
+    assert HeldSla.parse(target).slo == Slo(0.3, 0.03)
+    path = tmp_path / "trace.jsonl"
+    recorded(single(path), [seen(0.0, 1.0, slo=target), seen(1.0, 2.0)])
+    assert [request.slo for request in read_trace(path).requests] == ["ttft.max<300ms,tpot.max<30ms", None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from setpoint.tune.replay.answer import Answer
 from setpoint.tune.replay.host import cpu_times, cpus_beside, listener, machine_use
 from setpoint.tune.replay.http import Address
 from setpoint.tune.replay.server import ServerError, Target, read_counters
-from setpoint.tune.replay.worker import PREPARED_S, Player
+from setpoint.tune.replay.worker import PREPARED_S, Player, Sender
 from setpoint.workload.trace import Trace, TraceHeader, TraceRequest
 
 # --- when requests leave -----------------------------------------------------------------------------------------
@@ -307,3 +308,18 @@ def test_the_engine_is_found_by_its_port_and_left_its_cpus(tmp_path: Path) -> No
     (task / "status").write_text("Name:\tx\nCpus_allowed_list:\t0-1023\n")
     assert cpus_beside(20, proc) == []
     assert cpus_beside(None, proc) == []
+
+
+def test_the_target_of_a_request_is_sent_to_a_server_that_can_hold_it() -> None:
+    job = {"address": asdict(Address.parse("http://127.0.0.1:1")), "headers": {}, "pool": None, "block_size": 16}
+    job |= {"salt": "s", "items_per_token": 1.0, "first": None, "overhead_tokens": 0, "model": "m", "fields": {}}
+    job |= {"seeds": False, "path": "/v1/completions"}
+
+    def sent(slo: str | None, *, is_ours: bool) -> object:
+        sender = Sender(job | {"sessions": is_ours}, 0.0, lambda at: None)
+        return json.loads(sender._body(0, TraceRequest(0.0, 4, 2, slo=slo))[1]).get("slo")
+
+    assert sent("ttft.p95<300ms", is_ours=True) == "ttft.p95<300ms"
+    assert sent("ttft.p95<300ms", is_ours=False) is None  # others may refuse what they do not know
+    assert sent("e2e.p95<3s", is_ours=True) is None  # judged here, and refused there
+    assert sent(None, is_ours=True) is None

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from tier_support import Attic, fixed_cost, tiers
 
 from setpoint.engine.scheduler import Scheduler, SchedulerLimits
+from setpoint.engine.slo import HeldSla
+from setpoint.engine.step_cost import Rising, StepCost
 from setpoint.engine.timeline import MAX_SPANS, Cause, Kind, Timeline
 from setpoint.engine.timelines import Timelines
 from setpoint.errors import QueueFullError
 from setpoint.runtime.fake import CostModelRunner, VirtualClock, fake_info
-from setpoint.tune.simulate.simulator import turn
+from setpoint.tune.simulate.simulator import ModelCost, turn
 
 SMALL = fake_info(vocab_size=5, num_blocks=9, block_size=4, max_model_len=28)
 
@@ -344,3 +346,23 @@ def test_the_oldest_are_forgotten() -> None:
     assert 0 < tight.num_bytes <= 4000
     assert 0 < tight.num_finished < 5
     assert tight.read("never seen", 1.0) is None
+
+
+def test_steps_that_the_pacer_cut_are_counted() -> None:
+    """Answers of at most 40 ms a token leave a long prompt little room in each step."""
+    cost = StepCost(Rising((1, 101), (1e-3, 101e-3)), Rising((0, 1), (0.0, 1e-3)), 0.0, 0.0, 0.0)
+    clock, info = VirtualClock(), fake_info(num_blocks=200, block_size=16, max_model_len=512)
+    held = HeldSla.parse("ttft.p95<2s,tpot.p95<40ms")
+    runner = CostModelRunner(info, clock, ModelCost(cost, info))
+    scheduler = Scheduler(info, SchedulerLimits(), seed=1, held=held, step_cost=cost)
+    answer = {"ignore_eos": True, "temperature": 0.0}
+    scheduler.add(request("answering", range(8), max_tokens=60, **answer), clock.seconds)
+    for _ in range(5):
+        turn(scheduler, runner, clock)
+    scheduler.add(request("long", range(300), max_tokens=4, **answer), clock.seconds)
+    while scheduler.has_work:
+        turn(scheduler, runner, clock)
+    (timeline,) = scheduler.timelines.read("long", clock.seconds) or []
+    (prefill,) = [span for span in timeline.spans if span.kind is Kind.PREFILL]
+    assert 2 <= prefill.paced_steps <= prefill.num_steps
+    assert_covered(timeline, timeline.finished or 0.0)

@@ -44,7 +44,7 @@ def explain(
         _recipe(Path(subject), trace, json)
         return
     if not _ID.fullmatch(subject):
-        raise ConfigError("give the `id` of an answer, as in chatcmpl-1f0c, or a recipe.toml")
+        raise ConfigError("REQUEST_ID must be the `id` of an answer, as in chatcmpl-1f0c, or a recipe.toml")
     document = fetch(subject, url, api_key or api_key_from_environment())
     if json:
         print_json(document)

@@ -19,7 +19,7 @@ from setpoint.workload.trace import TraceHeader
 
 if TYPE_CHECKING:
     from setpoint.server.context import ServerContext
-    from setpoint.server.generation import Generation
+    from setpoint.server.generation import Generation, Job
 
 _PARTS_KEPT = 4  # at least, of a recording that is as large as it may be
 _HASHED = f"prompts as salted hashes of {BLOCK_TOKENS} tokens"
@@ -67,10 +67,17 @@ def seen_of(generation: Generation, arrival_s: float, end_s: float, *, keeps_tex
             prompt.token_ids,
             len(prompt.token_ids),
             sum(choice.num_tokens for choice in choices),
-            "completion" if job.continues_text else "chat",
+            _class_of(job),
             f"{job.tenant}\0{job.session_id}" if job.session_id else None,
             messages=messages or None if keeps_text else None,
+            slo=None if job.slo is None else str(job.slo),
         )
+
+
+def _class_of(job: Job) -> str:
+    """The route, and the priority of those that have one: they are served differently."""
+    route = "completion" if job.continues_text else "chat"
+    return f"{route}, priority {job.priority}" if job.priority else route
 
 
 def record_upstream(url: str, output: Path, *, port: int, model: str | None, keeps_text: bool, max_bytes: int) -> None:

@@ -68,7 +68,8 @@ def _sentence(cause: Cause, seconds: float, whole: float, timeline: Timeline, li
         case Cause.BUDGET:
             return f"Waited {time} while the tokens of each step went to others; a larger {budget} is the knob."
         case Cause.PACER:
-            return f"Waited {time} because the pacer let fewer run than {seats} allows, to hold the SLO of the others."
+            held = f"fewer than {seats}, or fewer prompt tokens a step than {budget}"
+            return f"Waited {time} because the pacer let in {held}, to hold the SLO of the others."
         case Cause.KV_BLOCKS:
             return f"Waited {time} because the KV cache had no room{_overtaken(timeline)}; a larger {room} is the knob."
         case Cause.STEP_UNDER_WAY:
@@ -113,6 +114,9 @@ def _prefill(time: str, timeline: Timeline) -> str:
     tokens, chunks = sum(span.num_tokens for span in spans), sum(span.num_steps for span in spans)
     cached = timeline.cached_tokens + timeline.memory_tokens + timeline.disk_tokens
     text = f"Computing {tokens} tokens of its prompt in {chunks} steps took {time}; {cached} came from the cache"
+    paced = sum(span.paced_steps for span in spans)
+    if paced:
+        text += f"; the pacer made {paced} of these steps smaller, to hold the SLO of answers under way"
     found = timeline.divergence
     if found is None:
         return f"{text}."

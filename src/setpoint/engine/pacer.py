@@ -10,7 +10,7 @@ import math
 import threading
 from bisect import bisect_right
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from setpoint.engine.decisions import Decisions
 from setpoint.engine.limits import SchedulerLimits
@@ -26,6 +26,7 @@ from setpoint.engine.pacing import (
     choose_backoff,
     choose_step,
 )
+from setpoint.engine.pacing_counters import Attainment, PacingCounters
 from setpoint.engine.plan import KVGroup, StepPlan
 from setpoint.engine.request import Request
 from setpoint.engine.sequence import Sequence
@@ -40,7 +41,6 @@ _FIRST_SIZE = 32  # prompt tokens of a step while nothing is known of steps
 _MOST_SIZES = 12
 _MOST_PROMPTS = 256  # that are put in order; what comes after them waits for a later look
 _MEMORY = 0.9  # of the rate at which prompts are computed, for each step
-_ANSWERS = 50  # that the shares look back on
 _NO_TOKENS = 64.0  # thought to be in an answer before any ended
 
 
@@ -62,37 +62,6 @@ class Paced:
     waiting: AbstractSequence[Sequence]
     max_running: int
     draft_room: int | None  # tokens for drafts; None: what the budget leaves
-
-
-@dataclass(slots=True)
-class Attainment:
-    """Shares of answers in time: moving averages over the last fifty."""
-
-    num: int = 0
-    good: float = 1.0
-    ttft: float = 1.0
-    tpot: float = 1.0
-
-    def note(self, ttft: bool, tpot: bool) -> None:
-        self.num += 1
-        weight = 1.0 / min(self.num, _ANSWERS)
-        self.good += weight * ((ttft and tpot) - self.good)
-        self.ttft += weight * (ttft - self.ttft)
-        self.tpot += weight * (tpot - self.tpot)
-
-
-@dataclass(slots=True)
-class PacingCounters:
-    """For the metrics page. Classes are the requests' priorities."""
-
-    classes: dict[int, Attainment] = field(default_factory=dict)
-    shed: dict[int, int] = field(default_factory=dict)
-    budget: int = 0  # tokens of the last step that had prompts to compute
-    least_slack_s: float = 0.0  # of its running sequences and prompts; 0 while nothing is due
-    num_bound_steps: int = 0  # whose budget a deadline set
-    num_late: int = 0  # prompts that were thought late, as of the last step
-    aim: float = 1.0
-    max_running: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,14 @@ class Planner:
             self._admit_waiting(step, waiting if paced is None else paced.waiting, max_running)
             for seq in [seq for seq in self._roster.timelines.aside.values() if not self._steps_aside(seq, now)]:
                 self._roster.timelines.wait_again(seq)
-        self._roster.timelines.planned(limits, max_running, step.budget, step.entries, self._roster)
+        self._roster.timelines.planned(
+            limits,
+            max_running,
+            step.budget,
+            step.entries,
+            self._roster,
+            is_paced=paced is not None and paced.budget < limits.max_num_batched_tokens,
+        )
         restores = tuple(move for moves in step.restores.values() for move in moves)
         return StepPlan(tuple(step.entries.values()), self._moves.end(), restores)
 

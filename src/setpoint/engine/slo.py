@@ -61,6 +61,10 @@ class Slo:
     ttft_s: float | None = None
     tpot_s: float | None = None
 
+    def __str__(self) -> str:
+        bounds = (("ttft", self.ttft_s), ("tpot", self.tpot_s))
+        return ",".join(f"{name}.max<{seconds * 1e3:g}ms" for name, seconds in bounds if seconds is not None)
+
     def __post_init__(self) -> None:
         if self.ttft_s is None and self.tpot_s is None:
             raise ConfigError("an SLO bounds ttft, tpot or both")

@@ -37,7 +37,7 @@ class Cause(Enum):
     STEP_UNDER_WAY = "step_under_way"
     PLACES = "places"  # max_num_seqs sequences were running
     BUDGET = "budget"  # the step's tokens were spent on others
-    PACER = "pacer"  # fewer were let run than max_num_seqs, to hold the SLO
+    PACER = "pacer"  # fewer were let run, or fewer prompt tokens into a step, than the limits allow, to hold the SLO
     KV_BLOCKS = "kv_blocks"  # the KV cache had no room
     SIBLING = "sibling"
     DISK = "disk"
@@ -85,8 +85,10 @@ class Phase:
     num_tokens: int = 0
     others_tokens: int = 0  # in the same steps
     starved_steps: int = 0  # without a token of this sequence
+    paced_steps: int = 0  # that took fewer prompt tokens than the limits allow
     others_s: float = 0.0
     starved_s: float = 0.0
+    starved_by_pacer_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class Span:
     others_tokens: int = 0  # of a decode: of prompts in its steps; of a prompt: all others in its steps
     step_tokens: int = 0  # in all steps of a decode
     starved_steps: int = 0
+    paced_steps: int = 0
 
     @property
     def seconds(self) -> float:
@@ -124,6 +127,7 @@ class Span:
             self.others_tokens + later.others_tokens,
             self.step_tokens + later.step_tokens,
             self.starved_steps + later.starved_steps,
+            self.paced_steps + later.paced_steps,
         )
 
 
@@ -189,10 +193,11 @@ def ended(phase: Phase, now: float, clocks: Clocks, queue_cause: int) -> Span:
             (Cause.BETWEEN_STEPS, diff[OUTSIDE]),
             (Cause.KV_MOVES, diff[MOVING]),
             (Cause.BUDGET, phase.starved_s),
+            (Cause.PACER, phase.starved_by_pacer_s),
             (Cause.PREFILL_OTHERS, phase.others_s),
         ]
         others = [part for part in others if part[0] is not main]
-        counts = (phase.num_steps, phase.num_tokens, 0, phase.others_tokens, 0, phase.starved_steps)
+        counts = (phase.num_steps, phase.num_tokens, 0, phase.others_tokens, 0, phase.starved_steps, phase.paced_steps)
         return Span(kind, phase.since, now, fill(main, others, length), *counts)
     if kind is not Kind.DECODE:
         return Span(kind, phase.since, now, ((main, length),))

@@ -51,6 +51,7 @@ class Timelines:
         self._now = 0.0  # what the clocks know of
         self._planned_at = 0.0
         self._queue_cause = NO_QUEUE
+        self._is_paced = False  # the step under way
         self._fresh: list[Timeline] = []  # arrived since the last step began
         self._computing: dict[int, tuple[Sequence, Timeline]] = {}  # by seq_id: a prompt is computed
         self.aside: dict[int, Sequence] = {}  # by seq_id: waits for a sibling or the disk
@@ -172,8 +173,14 @@ class Timelines:
         budget: int,
         entries: dict[int, PlanEntry],
         roster: Roster,
+        *,
+        is_paced: bool = False,
     ) -> None:
-        """What the step computes; `max_running` is the pacer's bound, `budget` what is left of the step's tokens."""
+        """What the step computes; `max_running` is the pacer's bound, `budget` what is left of the step's tokens.
+
+        `is_paced`: these were fewer than the limits allow.
+        """
+        self._is_paced = is_paced
         if not roster.waiting:
             self._queue_cause = NO_QUEUE
         elif len(roster.running) >= limits.max_num_seqs:
@@ -181,7 +188,7 @@ class Timelines:
         elif len(roster.running) >= max_running:
             self._queue_cause = PACER
         else:
-            self._queue_cause = TOKEN_BUDGET if budget <= 0 else KV_BLOCKS
+            self._queue_cause = KV_BLOCKS if budget > 0 else PACER if is_paced else TOKEN_BUDGET
         for seq_id, (seq, timeline) in self._computing.items():
             entry = entries.get(seq_id)
             timeline.chunk = 0 if entry is None else len(entry.token_ids)
@@ -219,12 +226,16 @@ class Timelines:
                 num_prefill += chunk
                 others = num_tokens - chunk
                 phase.num_steps += 1
+                phase.paced_steps += self._is_paced
                 phase.num_tokens += chunk
                 phase.others_tokens += others
                 phase.others_s += seconds * others / num_tokens
             elif phase.kind is not Kind.RESTORE:
                 phase.starved_steps += 1
-                phase.starved_s += seconds
+                if self._is_paced:
+                    phase.starved_by_pacer_s += seconds
+                else:
+                    phase.starved_s += seconds
         return num_prefill
 
     def _settle(self, seq: Sequence, timeline: Timeline) -> None:

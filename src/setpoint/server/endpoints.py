@@ -81,12 +81,9 @@ class Endpoints:
             job = job if slo is None else replace(job, slo=slo)
             wanted = job.prompts[0].params.structured_outputs
             if wanted is not None:
-                job = replace(
-                    job,
-                    grammar=await self._admission.run_slow(
-                        lambda: compile_structure(context, StructuredOutputs.of(wanted))
-                    ),
-                )
+                began, structure = context.clock(), StructuredOutputs.of(wanted)
+                grammar = await self._admission.run_slow(lambda: compile_structure(context, structure))
+                job = replace(job, grammar=grammar, grammar_s=context.clock() - began)
             self._admission.check_open()
             generation = Generation(context, job)
             form = form_type(context, generation)

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from setpoint.engine.explanation import Explanation, advice, totals
+from setpoint.engine.explanation import MAX_SENTENCES, WORTH_S, WORTH_SHARE, Explanation, advice, totals
 from setpoint.engine.timeline import Span, Timeline
 from setpoint.server.generation import Generation
 
 MAX_REQUESTS = 1024
+_OURS = ("prepare", "delivery")  # spans that the engine does not know
 
 
 @dataclass(slots=True)
@@ -23,6 +24,7 @@ class _Answered:
     tenant: str
     received: float
     engine_ids: tuple[str, ...]
+    grammar_s: float
     ended: float | None = None
     ending: str | None = None
 
@@ -41,7 +43,7 @@ class Explanations:
     def begin(self, generation: Generation, received: float) -> None:
         """A request was handed to the engine; it came at `received`."""
         job = generation.job
-        self._answers[job.id] = _Answered(job.tenant, received, tuple(generation.engine_ids))
+        self._answers[job.id] = _Answered(job.tenant, received, tuple(generation.engine_ids), job.grammar_s)
         if len(self._answers) > self._limit:
             self._answers.popitem(last=False)
 
@@ -71,7 +73,7 @@ def _body(request_id: str, answered: _Answered, explained: Explanation) -> dict[
     zero = min(answered.received, timeline.submitted)
     path = [_span(span, zero) for span in timeline.spans]
     if timeline.submitted > zero:
-        path.insert(0, _own("prepare", 0.0, timeline.submitted - zero))
+        path.insert(0, _prepare(timeline.submitted - zero, answered.grammar_s))
     end = explained.at if timeline.finished is None else timeline.finished
     if timeline.finished is not None:
         over = explained.at if answered.ended is None else answered.ended
@@ -91,7 +93,7 @@ def _body(request_id: str, answered: _Answered, explained: Explanation) -> dict[
         "ttft_s": None if first is None else first - zero,
         "path": path,
         "causes": {cause.value: seconds for cause, seconds in totals(timeline).items()}
-        | {span["kind"]: span["end_s"] - span["start_s"] for span in path if span["kind"] in ("prepare", "delivery")},
+        | {cause: seconds for span in path if span["kind"] in _OURS for cause, seconds in span["parts"].items()},
         "tokens": {
             "prompt": timeline.num_prompt,
             "output": timeline.num_output,
@@ -105,7 +107,7 @@ def _body(request_id: str, answered: _Answered, explained: Explanation) -> dict[
         "queue": {"ahead": timeline.num_ahead, "overtaken_by": timeline.overtaken_by},
         "num_preemptions": timeline.num_preemptions,
         "prefix_divergence": _divergence(timeline),
-        "advice": advice(timeline, explained.limits),
+        "advice": [*_grammar_advice(path, end - zero), *advice(timeline, explained.limits)][:MAX_SENTENCES],
     }
 
 
@@ -114,6 +116,24 @@ def _divergence(timeline: Timeline) -> dict[str, Any] | None:
     if found is None:
         return None
     return {"cause": found.cause, "token_index": found.token_index, "lost_tokens": found.num_lost_tokens}
+
+
+def _prepare(seconds: float, grammar_s: float) -> dict[str, Any]:
+    span = _own("prepare", 0.0, seconds)
+    if grammar_s > 0.0:
+        grammar_s = min(grammar_s, seconds)
+        span["parts"] = {"grammar": grammar_s, "prepare": seconds - grammar_s}
+    return span
+
+
+def _grammar_advice(path: list[dict[str, Any]], whole_s: float) -> list[str]:
+    seconds = next((span["parts"].get("grammar", 0.0) for span in path if span["kind"] == "prepare"), 0.0)
+    if seconds < max(WORTH_S, WORTH_SHARE * whole_s):
+        return []
+    return [
+        f"Waited {seconds * 1e3:.0f} ms ({seconds / whole_s:.0%}) until its grammar was compiled; the next request "
+        "with the same one finds it."
+    ]
 
 
 def _own(kind: str, start: float, end: float) -> dict[str, Any]:
@@ -127,6 +147,7 @@ def _span(span: Span, zero: float) -> dict[str, Any]:
         "steps_with_prompts": span.num_mixed_steps,
         "others_tokens": span.others_tokens,
         "starved_steps": span.starved_steps,
+        "paced_steps": span.paced_steps,
     }
     return {
         "kind": span.kind.value,

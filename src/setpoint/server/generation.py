@@ -53,6 +53,7 @@ class Job:
     echo: bool = False
     continues_text: bool = False  # the output goes on from the prompt, its leading space included
     grammar: Grammar | None = None  # of the prompts' structured_outputs
+    grammar_s: float = 0.0  # that compiling it, or waiting for that, took
     messages: tuple[Mapping[str, Any], ...] = ()  # of a chat, where ServerSettings.keeps_messages
 
     @property

@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from setpoint.engine.pacer import Pacer, PacingCounters
+from setpoint.engine.pacer import Pacer
+from setpoint.engine.pacing_counters import PacingCounters
 from setpoint.engine.stats import STEP_TOKEN_BOUNDS, EngineStats, SpeculationCounters
 from setpoint.grammar.compiler import GrammarCompiler
 from setpoint.server.generation import Generation

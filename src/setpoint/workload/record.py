@@ -46,6 +46,7 @@ class Seen:
     session: str | None = None
     turns: tuple[bytes, ...] = ()
     messages: tuple[dict[str, Any], ...] | None = None
+    slo: str | None = None  # that the request brought
 
 
 @dataclass(slots=True)
@@ -207,6 +208,7 @@ class Recording:
             turn=turn,
             think_s=think_s,
             class_name=seen.class_name,
+            slo=seen.slo,
         )
         line = request_line(request).encode() + b"\n"
         if len(line) > MAX_LINE_BYTES and request.messages is not None:

@@ -17,11 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from heapq import heappop, heappush
 from typing import Any
 
 import orjson
 
+from setpoint.engine.slo import HeldSla
+from setpoint.errors import ConfigError
 from setpoint.tune.measure import RequestLog, Status
 from setpoint.tune.replay.answer import Answer
 from setpoint.tune.replay.http import Address, ConnectionLost, Connections
@@ -201,6 +204,8 @@ class Sender:
         if job["sessions"] and request.session is not None:
             name = f"{job['salt']}/{request.session}".encode()
             body["session_id"] = hashlib.blake2b(name, digest_size=16).hexdigest()
+        if job["sessions"] and request.slo is not None and _can_be_held(request.slo):
+            body["slo"] = request.slo
         if request.messages is not None:
             return "/v1/chat/completions", orjson.dumps({**body, "messages": list(request.messages)})
         items = self._prompts.items(request, index)
@@ -210,6 +215,16 @@ class Sender:
         if job["path"].endswith("chat/completions"):
             return job["path"], orjson.dumps({**body, "messages": [{"role": "user", "content": text}]})
         return job["path"], orjson.dumps({**body, "prompt": text})
+
+
+@lru_cache
+def _can_be_held(slo: str) -> bool:
+    """Other terms (e2e, means) are judged here, and would be refused there."""
+    try:
+        HeldSla.parse(slo)
+    except ConfigError:
+        return False
+    return True
 
 
 async def _replay(job: dict[str, Any], start: float) -> list[RequestLog]:
