@@ -359,7 +359,7 @@ def test_steps_that_the_pacer_cut_are_counted() -> None:
     scheduler.add(request("answering", range(8), max_tokens=60, **answer), clock.seconds)
     for _ in range(5):
         turn(scheduler, runner, clock)
-    scheduler.add(request("long", range(300), max_tokens=4, **answer), clock.seconds)
+    scheduler.add(request("long", [number % 200 for number in range(300)], max_tokens=4, **answer), clock.seconds)
     while scheduler.has_work:
         turn(scheduler, runner, clock)
     (timeline,) = scheduler.timelines.read("long", clock.seconds) or []
