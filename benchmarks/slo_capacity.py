@@ -36,7 +36,7 @@ from setpoint.tune.replay.server import Surveyor
 from setpoint.tune.search.trial import observe
 from setpoint.tune.sla import Sla
 from setpoint.workload.synth import synthesize
-from setpoint.workload.trace import Trace, write_trace
+from setpoint.workload.trace import Trace, TraceError, write_trace
 from setpoint.workload.transform import split
 
 # An SLA that llama-server can hold at a low load: it reads some 300 tokens a second here, so prompts of the 95th
@@ -136,7 +136,12 @@ class Bench:
     def _run(
         self, server: servers.Server, trace: Trace, load: float, seconds: float, seed: int, *, warm: bool = False
     ) -> Any:
-        part = point_trace(trace, load, seconds, seed)
+        part = None
+        while part is None:
+            try:
+                part = point_trace(trace, load, seconds, seed)
+            except TraceError:  # nobody arrives in this part of it
+                seed += 1000
         options = ReplayOptions(f"slo {seed} {load:.4f}", timeout_s=TIMEOUT_S, warm_up=warm)
         with Surveyor(f"http://127.0.0.1:{server.port}") as surveyor:
             target = surveyor.target(temperature=0.8)

@@ -17,7 +17,6 @@ from setpoint.tune.search.certify import TermCertificate, certificate, decide, p
 from setpoint.tune.search.outcome import recipe_of
 from setpoint.tune.search.page import tune_page
 from setpoint.tune.search.race import paired_interval, race
-from setpoint.tune.search.refine import propose
 from setpoint.tune.search.space import DEFAULT, Setting, candidates, coordinates, scattered, shortlist, space
 from setpoint.tune.search.study import Study, StudyError
 from setpoint.tune.search.trial import Ask, Observation, Share, check_sla, observe
@@ -257,15 +256,6 @@ def test_a_recipe_is_refused_by_field(field: str, value: object, told: str) -> N
 def test_a_recipe_sets_hot_knobs_only(knobs: dict[str, object], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         parse_recipe(replace(recipe(), knobs=knobs).document)
-
-
-def test_refinement_proposes_from_what_is_known() -> None:
-    known = [(setting, math.log(max(hill(setting), 0.05))) for setting in candidates(DIMENSIONS, 20)[:14]]
-    proposed = propose(DIMENSIONS, known)
-    assert proposed is not None
-    EngineConfig(model="any", **dict(proposed))
-    assert propose(DIMENSIONS, known) == proposed
-    assert propose(DIMENSIONS, known[:2]) is None
 
 
 def test_budgets() -> None:

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from setpoint.tune.search.certify import Decision
 from setpoint.tune.search.study import Study
-from setpoint.tune.search.trial import Ask, Observation
-from setpoint.tune.search.tuner import AGAIN, Job, TooNoisyError, Tuner
+from setpoint.tune.search.trial import Ask, Observation, Share
+from setpoint.tune.search.tuner import AGAIN, Job, Loads, TooNoisyError, Tuned, Tuner
 
 
 def _ok(cost_s: float = 1.0) -> Observation:
@@ -41,3 +42,31 @@ def test_a_machine_that_stays_disturbed_is_refused() -> None:
     tuner, _ = _tuner({"noise a": 100}, Study(None, {}))
     with pytest.raises(TooNoisyError, match="others worked"):
         tuner._noise()
+
+
+def _shares(misses: float, allowed: float = 0.05) -> dict[str, Share]:
+    n = 200.0
+    return {"ttft.p95<1ms": Share(n * (1 - misses), n, n, 1 - allowed)}
+
+
+def test_a_finalist_whose_gain_is_shown_gets_a_second_look_at_a_lower_load() -> None:
+    """At 0.9 of the guessed capacity it misses the SLA, at 0.87 of that it does not."""
+    setting = (("max_num_seqs", 8),)
+
+    def measure(ask: Ask) -> Observation:
+        misses = 0.02 if ask.load < 1.6 else 0.055 if ask.setting == setting else 0.5
+        return replace(_ok(), rate_rps=ask.load, shares=_shares(misses))
+
+    tuner = Tuner(Job((), 100.0), measure, Study(None, {}))
+    own = Loads((), 1.0, 1.1, ((1.0, measure(Ask("", (), 1.0, "tune", 0, 1.0))),))
+    other = Loads(setting, 1.9, 1.95, own.points)
+    tuned = Tuned(Decision("invalid", None, ""), 0.01, 1.0, loads=[own, other], slope=4.0)
+    tuner._certify(tuned)
+    assert not tuned.finalists[0].holds
+    assert tuned.decision.verdict == "certified"
+    chosen = tuned.decision.chosen
+    assert chosen is not None
+    assert chosen.setting == setting
+    assert chosen.load == pytest.approx(0.87 * tuned.finalists[0].load)
+    assert chosen.gain == tuned.finalists[0].gain
+    assert all(term.bound < 0.05 for term in chosen.terms)

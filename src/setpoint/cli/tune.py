@@ -153,7 +153,6 @@ def _tune(config: EngineConfig, trace: Trace, sla: Sla, budget_s: float, study: 
     from setpoint.tune.replay.prompts import words
     from setpoint.tune.replay.urgency import become_urgent
     from setpoint.tune.search.live import LiveMeasure, Replayer
-    from setpoint.tune.search.refine import propose
     from setpoint.tune.search.space import space
     from setpoint.tune.search.tuner import Job, Tuner
     from setpoint.tune.simulate.simulator import check_lengths
@@ -164,7 +163,7 @@ def _tune(config: EngineConfig, trace: Trace, sla: Sla, budget_s: float, study: 
     tuned_on, held_out = split(trace, 1 - HOLDOUT)
     calibration = _calibration(config, surveyed, budget_s)
     dimensions = space(config)
-    job = Job(dimensions, budget_s, accept_noise=accept_noise, refine=propose)
+    job = Job(dimensions, budget_s, accept_noise=accept_noise)
     job = _with_prediction(job, surveyed, calibration, tuned_on, sla, config)
     ceilings = {d.knob: max(d.values) for d in dimensions if isinstance(d.default, int)}
     # The cache keeps the size that the default has, so that limits are all that differs between two runs.

@@ -164,7 +164,7 @@ def decide(finalists: Sequence[Certificate], default: Certificate | None) -> Dec
     """The finalist that holds the SLA and gains the most; else the default, if it holds it."""
     winners = [one for one in adjusted(finalists) if one.holds and one.is_gain]
     if winners:
-        best = max(winners, key=lambda one: one.gain.low if one.gain is not None else 0.0)
+        best = max(winners, key=lambda one: one.gain.estimate if one.gain is not None else 0.0)
         return Decision("certified", best, "holds the SLA on held-out traffic; the gain is beyond the noise")
     if default is not None and default.holds:
         return Decision("default", default, "the default is best: no setting gained more than the noise")
@@ -204,6 +204,7 @@ def certify(
     seeds: Sequence[int],
     slope: float,
     least_gain: float,
+    confidence: float = 0.95,
 ) -> tuple[Decision, list[Certificate], Certificate | None]:
     """Runs, interleaved: each finalist and the default at the finalist's load, the default at its own; for each seed.
 
@@ -221,8 +222,12 @@ def certify(
         if default_load is not None:
             own.append(measure(Ask("certify default", DEFAULT, default_load, "holdout", seed, seconds)))
     found = [
-        certificate(setting, load, mine[setting], theirs[setting], slope=slope, least_gain=least_gain)
+        certificate(
+            setting, load, mine[setting], theirs[setting], slope=slope, least_gain=least_gain, confidence=confidence
+        )
         for setting, load in finalists.items()
     ]
-    default = None if default_load is None else certificate(DEFAULT, default_load, own, slope=slope)
+    default = (
+        None if default_load is None else certificate(DEFAULT, default_load, own, slope=slope, confidence=confidence)
+    )
     return decide(found, default), adjusted(found) if found else [], default

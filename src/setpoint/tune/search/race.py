@@ -32,6 +32,26 @@ class Racer:
         return sum(self.differences) / len(self.differences) if self.differences else -math.inf
 
 
+def mean_variance(racer: Racer, noise: float) -> float:
+    """Of its mean: the scatter of its stretches, and the noise between equal runs that they do not show."""
+    n = len(racer.differences)
+    spread = sum((value - racer.mean) ** 2 for value in racer.differences) / max(n - 1, 1) / n
+    return spread + 2 * noise**2 / max(racer.pairs, 1)
+
+
+def joined(before: Racer | None, later: Racer) -> Racer:
+    """All pairs of a setting. Whoever was called back is in again, unless it failed now."""
+    if before is None:
+        return later
+    is_out = later.out.startswith(("failed", "saturated"))
+    return Racer(
+        later.setting,
+        [*before.differences, *later.differences],
+        before.pairs + later.pairs,
+        later.out if is_out else "",
+    )
+
+
 @dataclass(frozen=True)
 class RaceResult:
     """`ranked` are those still in, best first, with their gain in score; the default has 0."""
