@@ -50,13 +50,13 @@ def surface(seed: int):  # type: ignore[no-untyped-def]
     return capacity
 
 
-def tune(world: World, predicts: bool):  # type: ignore[no-untyped-def]
+def tune(world: World, predicts: bool, budget_s: float = BUDGET_S):  # type: ignore[no-untyped-def]
     def predict(setting: Setting) -> float:
         off = random.Random(f"{world.seed}/{text(setting)}").gauss(0, MODEL_ERROR)
         return math.log(max(world.capacity(setting), 0.05)) + off
 
     start = max(world.capacity(DEFAULT), 0.05)
-    job = Job(DIMENSIONS, BUDGET_S, predict if predicts else None, MODEL_ERROR, start)
+    job = Job(DIMENSIONS, budget_s, predict if predicts else None, MODEL_ERROR, start)
     study = Study(None, {})
     return Tuner(job, world.measure, study).run(), study
 

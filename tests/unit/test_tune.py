@@ -20,7 +20,8 @@ from setpoint.tune.search.race import paired_interval, race
 from setpoint.tune.search.space import DEFAULT, Setting, candidates, coordinates, scattered, shortlist, space
 from setpoint.tune.search.study import Study, StudyError
 from setpoint.tune.search.trial import Ask, Observation, Share, check_sla, observe
-from setpoint.tune.search.tuner import Job, TooNoisyError, Tuned, Tuner, check_budget
+from setpoint.tune.search.tuned import Tuned
+from setpoint.tune.search.tuner import Job, TooNoisyError, Tuner, check_budget
 from setpoint.tune.search.virtual_world import World
 from setpoint.tune.sla import Sla
 

@@ -8,7 +8,8 @@ import pytest
 from setpoint.tune.search.certify import Decision
 from setpoint.tune.search.study import Study
 from setpoint.tune.search.trial import Ask, Observation, Share
-from setpoint.tune.search.tuner import AGAIN, Job, Loads, TooNoisyError, Tuned, Tuner
+from setpoint.tune.search.tuned import Loads, Tuned
+from setpoint.tune.search.tuner import AGAIN, Job, TooNoisyError, Tuner
 
 
 def _ok(cost_s: float = 1.0) -> Observation:

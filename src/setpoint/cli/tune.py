@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from setpoint.assemble import Survey
     from setpoint.tune.probe.calibrate import Calibration
     from setpoint.tune.search.space import Setting
-    from setpoint.tune.search.tuner import Tuned
+    from setpoint.tune.search.tuned import Tuned
     from setpoint.tune.sla import Sla
     from setpoint.workload.trace import Trace
 

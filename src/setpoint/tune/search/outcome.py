@@ -10,7 +10,7 @@ from typing import Any
 from setpoint.tune.recipe import Recipe
 from setpoint.tune.search.certify import Certificate
 from setpoint.tune.search.space import text
-from setpoint.tune.search.tuner import Tuned
+from setpoint.tune.search.tuned import Tuned
 from setpoint.tune.statistics import Interval
 
 TITLES = {

@@ -12,7 +12,7 @@ from setpoint.tune.search.outcome import TITLES, lines
 from setpoint.tune.search.space import DEFAULT, Setting, text
 from setpoint.tune.search.study import Study
 from setpoint.tune.search.trial import QUANTILES, Observation
-from setpoint.tune.search.tuner import Tuned
+from setpoint.tune.search.tuned import Tuned
 from setpoint.tune.statistics import clopper_pearson
 from setpoint.tune.svg import ACCENT, Chart, Line, Marks
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from setpoint.errors import ConfigError, SetpointError
 from setpoint.tune.search.certify import (
@@ -27,6 +27,7 @@ from setpoint.tune.search.space import DEFAULT, Dimension, Setting, candidates, 
 from setpoint.tune.search.study import Study
 from setpoint.tune.search.surrogate import Seen, Surrogate
 from setpoint.tune.search.trial import Ask, Observation
+from setpoint.tune.search.tuned import Loads, Tuned
 
 SHARES = {"noise": 0.07, "load": 0.10, "race": 0.18, "refine": 0.22, "capacity": 0.12, "certify": 0.31}
 WORTH = 0.002  # of a gain that is expected of a run: less is not worth it
@@ -39,8 +40,8 @@ LOWEST_LOAD, HIGHEST_LOAD = 1 / 64, 256.0
 LEAST_RUN_S = 3.0
 AGAIN = 2  # times that a run which says nothing is repeated
 CERTIFY_SEEDS = 5
-FIRST_LOOK = 0.85  # of the time left to certify
-CONFIDENCES = (0.96, 0.99)  # of the SLA in the first look and, at a load so much lower, in the second
+FIRST_LOOK = 0.8  # of the time left to certify
+CONFIDENCES = (0.97, 0.985, 0.995)  # of the SLA in each look; every one after the first is at so much less load
 LOWER, LOWER_SEED = 0.87, 9100
 Measure = Callable[[Ask], Observation]
 Say = Callable[[str], None]
@@ -64,47 +65,6 @@ class Job:
     start_load: float = 1.0
     accept_noise: bool = False
     most_candidates: int = 24
-
-
-@dataclass(frozen=True)
-class Loads:
-    """The load of a setting's capacity, between one that met the SLA and one that did not."""
-
-    setting: Setting
-    met: float  # 0: none was found
-    failed: float  # inf: none was found
-    points: tuple[tuple[float, Observation], ...]
-
-    @property
-    def capacity(self) -> float | None:
-        if not self.met:
-            return None
-        return math.sqrt(self.met * self.failed) if math.isfinite(self.failed) else self.met
-
-
-@dataclass
-class Tuned:
-    decision: Decision
-    noise: float
-    load: float  # of the race
-    racers: tuple[Racer, ...] = ()
-    rungs: int = 0
-    loads: list[Loads] = field(default_factory=list)
-    finalists: list[Certificate] = field(default_factory=list)
-    default: Certificate | None = None
-    slope: float = 0.0
-    spent_s: float = 0.0
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def shrinkage(self) -> float | None:
-        """How much of the gain seen while tuning the held-out runs took away, as a share of the capacity."""
-        chosen = self.decision.chosen
-        if chosen is None or chosen.gain is None:
-            return None
-        found = {loads.setting: loads.capacity for loads in self.loads}
-        mine, theirs = found.get(chosen.setting), found.get(DEFAULT)
-        return None if not mine or not theirs else mine / theirs - 1 - chosen.gain.estimate
 
 
 class Tuner:
@@ -318,32 +278,37 @@ class Tuner:
         self._certify_lower(tuned, seconds)
 
     def _certify_lower(self, tuned: Tuned, seconds: float) -> None:
-        """Whose gain is shown but not its SLA, or else the default, once more at a lower load: a capacity was a guess.
+        """Whose gain is shown but not its SLA, or else the default, at lower loads: its capacity was a guess.
 
-        Two looks at the SLA share the five per cent of error that one would have; the gain was shown in the first.
+        All looks at the SLA share the five per cent of error that one would have; the gain was shown in the first.
         """
         gained = [one for one in tuned.finalists if one.is_gain and not one.invalid]
         best = max(gained, key=lambda one: one.gain.estimate if one.gain is not None else 0.0, default=tuned.default)
         if tuned.decision.chosen is not None and (best is None or best.holds or not best.is_gain):
             return
-        left_s = self.job.budget_s - self.spent_s
-        if best is None or best.holds or best.invalid or left_s < CERTIFY_SEEDS * LEAST_RUN_S:
+        if best is None or best.holds or best.invalid:
             return
-        seconds = min(max(left_s / CERTIFY_SEEDS * 0.95, LEAST_RUN_S), 2 * seconds)
-        load, stage = LOWER * best.load, "certify lower"
-        seeds = range(LOWER_SEED, LOWER_SEED + CERTIFY_SEEDS)
-        seen = [self._ask(Ask(stage, best.setting, load, "holdout", seed, round(seconds, 1))) for seed in seeds]
-        found = certificate(best.setting, load, seen, slope=tuned.slope, confidence=CONFIDENCES[1])
-        if not found.holds:
-            return
-        found = replace(found, gain=best.gain, p_value=best.p_value)
-        if best.setting == DEFAULT:
+        load, confidences = best.load, CONFIDENCES[1:]
+        for number, confidence in enumerate(confidences):
+            each_s = (self.job.budget_s - self.spent_s) / (len(confidences) - number) / CERTIFY_SEEDS * 0.95
+            if each_s < LEAST_RUN_S:
+                return
+            load, each_s = LOWER * load, round(min(each_s, 2 * seconds), 1)
+            seeds = range(LOWER_SEED + 10 * number, LOWER_SEED + 10 * number + CERTIFY_SEEDS)
+            seen = [self._ask(Ask("certify lower", best.setting, load, "holdout", seed, each_s)) for seed in seeds]
+            found = certificate(best.setting, load, seen, slope=tuned.slope, confidence=confidence)
+            if found.holds:
+                self._settle_for(tuned, replace(found, gain=best.gain, p_value=best.p_value), best.load)
+                return
+
+    @staticmethod
+    def _settle_for(tuned: Tuned, found: Certificate, shown_at: float) -> None:
+        if found.setting == DEFAULT:
             tuned.default = found
-            why = "the default is best: no setting gained more than the noise"
-            tuned.decision = Decision("default", found, why)
-        else:
-            why = f"holds the SLA on held-out traffic; the gain is beyond the noise, and was shown at {best.load:.3g} x"
-            tuned.decision = Decision("certified", found, why)
+            tuned.decision = Decision("default", found, "the default is best: no setting gained more than the noise")
+            return
+        why = f"holds the SLA on held-out traffic; the gain is beyond the noise, and was shown at {shown_at:.3g} x"
+        tuned.decision = Decision("certified", found, why)
 
     # --- runs ----------------------------------------------------------------------------------------------------
 
