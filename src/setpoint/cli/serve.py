@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -40,7 +40,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve MODEL until SIGTERM or Ctrl-C; then finish what runs (--shutdown-timeout) and leave with 0."""
-    from setpoint.assemble import build_engine
+    from setpoint.assemble import build_engine, scheduler_limits
     from setpoint.cli.recording import record_server
     from setpoint.engine.slo import HeldSla
     from setpoint.server.auth import KeyRing, check_bind
@@ -51,12 +51,12 @@ def serve(
     from setpoint.server.run import serve as run_server
 
     config, http = configure(model=model), configure_server()
-    held = None if http.slo is None else HeldSla.parse(http.slo)
-    if recipe is not None:
-        config = with_recipe(config, recipe, anyway=recipe_anyway)
+    tuned = None if recipe is None else with_recipe(config, recipe, anyway=recipe_anyway)
     if check_config:
-        _print_reasons(config)
+        _print_reasons(config if tuned is None else tuned.config)
         return
+    slo = http.slo or (None if tuned is None else tuned.sla)
+    held = None if slo is None else HeldSla.parse(slo)
     environment_key = api_key_from_environment()
     keys = KeyRing(
         [*http.api_key, *([environment_key] if environment_key else [])],
@@ -67,9 +67,12 @@ def serve(
     try:
         router = EventRouter()
         with DownloadBar() as bar:
+            built = config if tuned is None else tuned.built
             assembly = build_engine(
-                config, router.deliver, progress=bar, phase=status, held=held, find_cost=_probed_cost
+                built, router.deliver, progress=bar, phase=status, held=held, find_cost=_probed_cost
             )
+        if tuned is not None:
+            assembly.engine.set_limits(scheduler_limits(tuned.config))
         name = http.served_model_name or _display_name(model)
         context = ServerContext(
             engine=assembly.engine,
@@ -90,7 +93,8 @@ def serve(
             cache_info=assembly.cache_info,
             server_info={
                 "isa": assembly.isa,
-                "knobs": {reason.knob: reason.value for reason in assembly.reasons},
+                "knobs": {reason.knob: reason.value for reason in assembly.reasons}
+                | ({} if tuned is None else dict(tuned.knobs)),
             },
         )
         recording = None if http.record is None else record_server(context, http)
@@ -112,9 +116,20 @@ def serve(
     raise typer.Exit(code)
 
 
-def with_recipe(config: EngineConfig, path: Path, *, anyway: bool) -> EngineConfig:
-    """The config with a recipe's knobs. Raises ConfigError when its evidence does not count here."""
-    from setpoint.assemble import models_directory
+@dataclass(frozen=True)
+class Tuned:
+    """What a recipe makes of a config. The engine is `built` as it was for the trials, with the cache of the default
+    and room for larger limits; then the limits of `config` are set."""
+
+    config: EngineConfig
+    built: EngineConfig
+    knobs: Mapping[str, Any]
+    sla: str | None  # if steps can hold it
+
+
+def with_recipe(config: EngineConfig, path: Path, *, anyway: bool) -> Tuned:
+    """Raises ConfigError when the evidence of the recipe does not count here."""
+    from setpoint.assemble import models_directory, survey
     from setpoint.loaders.hub import resolve_model
     from setpoint.tune.probe.machine import this_identity
     from setpoint.tune.recipe import machine_fingerprint, mismatches, model_hash, read_recipe
@@ -138,7 +153,23 @@ def with_recipe(config: EngineConfig, path: Path, *, anyway: bool) -> EngineConf
     rest = {name: value for name, value in found.knobs.items() if getattr(config, name) == getattr(default, name)}
     what = f"UNCERTIFIED ({'; '.join(problems)})" if problems else found.verdict
     print(f"setpoint: recipe {path.name}: {what}", file=sys.stderr, flush=True)
-    return replace(config, **rest)
+    larger: dict[str, Any] = {
+        name: value for name, value in rest.items() if isinstance(value, int) and value > getattr(default, name)
+    }
+    built = replace(survey(config).config, **larger) if larger else config
+    return Tuned(replace(config, **rest), built, dict(found.knobs), _to_hold(found.sla))
+
+
+def _to_hold(sla: str) -> str | None:
+    """None, with a line that says why, for an SLA that was certified but cannot be held step by step."""
+    from setpoint.engine.slo import HeldSla
+
+    try:
+        HeldSla.parse(sla)
+    except ConfigError as error:
+        print(f"setpoint: the recipe's SLA is not held while serving: {error}", file=sys.stderr, flush=True)
+        return None
+    return sla
 
 
 def _probed_cost(fingerprint: str) -> StepCost | None:
