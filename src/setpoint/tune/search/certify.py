@@ -18,7 +18,7 @@ from setpoint.tune.search.space import DEFAULT, Setting
 from setpoint.tune.search.trial import Ask, Observation, Share, normal_share
 from setpoint.tune.statistics import NORMAL, Interval, beta_cdf, holm, miss_rate_bound, paired_gain, requests_needed
 
-BELOW = 0.9  # of the capacity: where a certificate can be had
+BELOW = 0.9  # of the highest load that held: where a certificate can be had
 LEAST_GAIN = 0.02
 ONE_SIDED = 0.025
 LEAST_SLOPE, MOST_SLOPE, USUAL_SLOPE = 2.0, 20.0, 4.0  # of the probit of the share on the logarithm of the load

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from setpoint.tune.search.certify import Certificate, Decision
+from setpoint.tune.search.certify import BELOW, Certificate, Decision
 from setpoint.tune.search.race import Racer
 from setpoint.tune.search.space import DEFAULT, Setting
 from setpoint.tune.search.trial import Observation
@@ -25,6 +25,11 @@ class Loads:
         if not self.met:
             return None
         return math.sqrt(self.met * self.failed) if math.isfinite(self.failed) else self.met
+
+    @property
+    def promising(self) -> float:
+        """Where a certificate can be had: somewhat below the highest load that held."""
+        return BELOW * self.met
 
 
 @dataclass

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 from setpoint.errors import ConfigError, SetpointError
 from setpoint.tune.search.certify import (
-    BELOW,
     LEAST_GAIN,
     Certificate,
     Decision,
@@ -251,7 +250,7 @@ class Tuner:
     def _certify(self, tuned: Tuned) -> None:
         self._begin("certify")
         own, *others = tuned.loads
-        at = {loads.setting: BELOW * loads.capacity for loads in others if loads.capacity}
+        at = {loads.setting: loads.promising for loads in others if loads.capacity}
         at = dict(sorted(at.items(), key=lambda pair: -pair[1])[:2])
         if own.capacity is None and not at:
             tried = min((point for loads in tuned.loads for point in loads.points), key=lambda p: p[0], default=None)
@@ -261,7 +260,7 @@ class Tuner:
             where = "" if tried is None else f" at {tried[1].rate_rps:.2f} requests/s, the lowest load tried"
             tuned.decision = Decision("not met", None, f"{told}{where}, {_allowed(share)}")
             return
-        default_load = None if own.capacity is None else BELOW * own.capacity
+        default_load = own.promising if own.capacity else None
         rounds = 2 * len(at) + (default_load is not None)
         left_s = self.job.budget_s - self.spent_s
         seconds = max(LEAST_RUN_S, left_s / (rounds * CERTIFY_SEEDS) * FIRST_LOOK)
