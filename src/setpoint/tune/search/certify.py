@@ -208,7 +208,7 @@ def certify(
 ) -> tuple[Decision, list[Certificate], Certificate | None]:
     """Runs, interleaved: each finalist and the default at the finalist's load, the default at its own; for each seed.
 
-    `finalists` gives the load of each, 0.9 of its capacity; `default_load` is None when the default meets it nowhere.
+    `finalists` gives the load of each; `default_load` is None when the default meets it nowhere.
     """
     mine: dict[Setting, list[Observation]] = {setting: [] for setting in finalists}
     theirs: dict[Setting, list[Observation]] = {setting: [] for setting in finalists}
