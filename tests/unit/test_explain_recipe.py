@@ -17,9 +17,11 @@ from setpoint.cli.main import run
 from setpoint.config import EngineConfig
 from setpoint.engine.limits import SchedulerLimits
 from setpoint.engine.step_cost import Rising, StepCost, StepShape
+from setpoint.loaders import hub
 from setpoint.tune.plan.counterfactual import faster, measured_gain, prices, reasons, rejected
 from setpoint.tune.probe import calibration_store
-from setpoint.tune.recipe import Recipe, model_hash, write_recipe
+from setpoint.tune.probe.machine import this_identity
+from setpoint.tune.recipe import Recipe, machine_fingerprint, model_hash, read_recipe, write_recipe
 from setpoint.tune.search.space import Setting
 from setpoint.tune.search.study import Study
 from setpoint.tune.search.trial import Ask, Observation
@@ -94,8 +96,11 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     of_trace = model_hash(trace)
     provenance = {"trace": {"file": trace.name, "sha256": of_trace}, "given": {}}
     evidence = {"gain": {"estimate": 0.4, "ci95": [0.3, 0.5]}}
-    about = {"name": "any", "sha256": "0" * 64}
-    machine = {"fingerprint": "0" * 64}
+    weights = tmp_path / "model.gguf"
+    weights.write_bytes(b"weights")
+    about = {"name": "any", "sha256": model_hash(weights)}
+    machine = {"fingerprint": machine_fingerprint(this_identity())}
+    monkeypatch.setattr(hub, "resolve_model", lambda name, folder: weights)
     write_recipe(Recipe("certified", str(SLA), dict(WIDE), about, machine, evidence, (), provenance), path)
     study = Study(path.with_suffix(".study.jsonl"), {"sla": str(SLA), "trace": of_trace})
     for ask, seen in (raced((), 0.5), raced(WIDE, 0.9), raced((("max_num_seqs", 4),), 0.7)):
@@ -124,7 +129,7 @@ def test_a_recipe_is_explained_from_records(tuned: Path, capsys: Capture) -> Non
     assert [other["what"] for other in found["rejected"]] == ["max_num_seqs=4"]
     assert run("explain", [str(tuned)]) == 0
     told = capsys.readouterr().out
-    assert "measured gain over the default: +40% [+30%, +50%]" in told
+    assert "measured gain over the default: +40% (at least +30%, at most +50%)" in told
     assert "what binds" in told
 
 
@@ -156,3 +161,27 @@ def test_a_recipe_that_is_the_default_says_so() -> None:
     recipe = Recipe("the default is best", str(SLA), {}, {}, {}, {}, (), {})
     assert found.interaction is None
     assert "no knob differs from its default" in draw(recipe, found)
+
+
+def _altered(path: Path, **fields: object) -> Path:
+    write_recipe(replace(read_recipe(path), **fields), path)  # type: ignore[arg-type]
+    return path
+
+
+def test_a_recipe_of_another_machine_or_version_is_refused_in_a_line(tuned: Path, capsys: Capture) -> None:
+    made = read_recipe(tuned)
+    assert run("explain", [str(_altered(tuned, machine={"fingerprint": "0" * 64}))]) == 2
+    assert "certified on another machine" in capsys.readouterr().err
+    given = dict(made.provenance) | {"given": {"a_knob_of_old": 1}}
+    assert run("explain", [str(_altered(tuned, machine=made.machine, provenance=given))]) == 2
+    assert "knobs that this version does not have" in capsys.readouterr().err
+    for name in ("given", "trace"):
+        provenance = dict(made.provenance) | {name: "no table"}
+        assert run("explain", [str(_altered(tuned, provenance=provenance))]) == 2
+        assert f"the recipe's {name} must be a table" in capsys.readouterr().err
+
+
+def test_an_interval_without_ends_has_none(tuned: Path, capsys: Capture) -> None:
+    gain = {"gain": {"estimate": 0.4, "ci95": [-1.0, 1e9]}}
+    assert run("explain", [str(_altered(tuned, evidence=gain))]) == 0
+    assert "+40% (no bounds are known)" in capsys.readouterr().out

@@ -7,6 +7,7 @@ what was measured stands beside it, read from the recipe and its study.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,7 +92,7 @@ def reasons(
         capacity_rps=rate or None,
         default_rps=default_rate or None,
         knobs=tuple(knobs),
-        interaction=None if whole is None or not alone else whole - sum(alone),
+        interaction=_interaction(whole, alone),
         prices=tuple(
             Change(what, change(capacity(what, richer, held, load)[0])) for what, richer, held in prices(mine, sla)
         ),
@@ -99,6 +100,13 @@ def reasons(
         binding=binding(loads, first_failure(loads, loads.at(load * STEP**2))) if rate else None,
         gain=gain,
     )
+
+
+def _interaction(whole: float | None, alone: Sequence[float]) -> float | None:
+    """Changes multiply: what all knobs back change beyond the product of each."""
+    if whole is None or not alone or whole <= -1 or min(alone) <= -1:
+        return None
+    return _told((1 + whole) / math.prod(1 + change for change in alone) - 1)
 
 
 def _told(change: float) -> float:
