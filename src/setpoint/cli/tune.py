@@ -102,7 +102,7 @@ def tune(
         "engine": __version__,
         "trace": {"file": trace.name, "sha256": of_trace, "requests": len(loaded.requests), "held_out": HOLDOUT},
         "budget_s": seconds,
-        "seeds": {"tune": [0, 8999], "held_out": [9000, 9004]},
+        "seeds": {"tune": [0, 8999], "held_out": [9000, 9399]},
         "given": given,
         "accept_noise": accept_noise,
         "created_unix_s": round(time.time()),
@@ -156,14 +156,15 @@ def _tune(config: EngineConfig, trace: Trace, sla: Sla, budget_s: float, study: 
     from setpoint.tune.search.space import space
     from setpoint.tune.search.tuner import Job, Tuner
     from setpoint.tune.simulate.simulator import check_lengths
-    from setpoint.workload.transform import split
+    from setpoint.workload.transform import more_bursts, scale_lengths, split
 
     surveyed = survey(config)
     check_lengths(trace, surveyed.info.max_model_len)
     tuned_on, held_out = split(trace, 1 - HOLDOUT)
     calibration = _calibration(config, surveyed, budget_s)
     dimensions = space(config)
-    job = Job(dimensions, budget_s, accept_noise=accept_noise)
+    slowest_s = max((term.bound for term in sla.terms if term.metric in ("ttft", "e2e")), default=0.0)
+    job = Job(dimensions, budget_s, accept_noise=accept_noise, slowest_s=slowest_s)
     job = _with_prediction(job, surveyed, calibration, tuned_on, sla, config)
     ceilings = {d.knob: max(d.values) for d in dimensions if isinstance(d.default, int)}
     # The cache keeps the size that the default has, so that limits are all that differs between two runs.
@@ -180,7 +181,12 @@ def _tune(config: EngineConfig, trace: Trace, sla: Sla, budget_s: float, study: 
         def limits_of(setting: Setting) -> Any:
             return scheduler_limits(replace(surveyed.config, **dict(setting)))
 
-        parts = {"tune": tuned_on, "holdout": held_out}
+        parts = {
+            "tune": tuned_on,
+            "holdout": held_out,
+            "longer": scale_lengths(held_out, 1 / 1.2),
+            "burstier": more_bursts(held_out),
+        }
         measure = LiveMeasure(replayer, parts, sla, limits_of, accept_noise=accept_noise)
         measure.warm_up()
         return Tuner(job, measure, study, lambda line: say(f"setpoint: {line}")).run()
@@ -223,6 +229,7 @@ def _with_prediction(
     from setpoint.assemble import scheduler_limits
     from setpoint.tune.search.live import window
     from setpoint.tune.search.trial import observe
+    from setpoint.tune.search.tuner import RACE_AT
     from setpoint.tune.simulate.simulator import EngineSetup, simulate
 
     setup = EngineSetup(surveyed.info, surveyed.limits, calibration.cost, surveyed.config.enable_prefix_caching)
@@ -253,7 +260,7 @@ def _with_prediction(
         """Guessing is not simulated: settings that differ in nothing else are predicted alike."""
         hot = tuple(pair for pair in setting if pair[0] != "speculative_config")
         if hot not in known:
-            known[hot] = float(seen(hot, start).score)
+            known[hot] = float(seen(hot, min(RACE_AT * start, 256.0)).score)
         return known[hot]
 
     return replace(

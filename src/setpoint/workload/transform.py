@@ -118,6 +118,35 @@ def scale_lengths(trace: Trace, divisor: float) -> Trace:
     return replace(scaled, header=replace(scaled.header, block_size=size))
 
 
+def more_bursts(trace: Trace, factor: float = 2.0, seed: int = 0) -> Trace:
+    """The same requests over the same time, with so many times the variation (CV) of the gaps between arrivals.
+
+    Each gap is multiplied by a gamma variate of mean 1. Sessions move as a whole: it is their beginnings that gather.
+    """
+    if not 1 <= factor <= 10:
+        raise ConfigError("the variation's factor must be in 1..10")
+    begins: dict[str | int, float] = {}
+    for index, request in enumerate(trace.requests):
+        begins.setdefault(index if request.session is None else request.session, request.arrival_s)
+    times = np.asarray(sorted(begins.values()))
+    gaps = np.diff(times)
+    if len(gaps) < 2 or not gaps.any():
+        return trace
+    squared = float(gaps.var() / gaps.mean() ** 2)
+    variance = (factor**2 - 1) * squared / (1 + squared)
+    if not variance:
+        return trace
+    weighed = gaps * np.random.default_rng(seed).gamma(1 / variance, variance, len(gaps))
+    weighed *= gaps.sum() / weighed.sum()
+    moved = dict(zip(times.tolist(), (times[0] + np.concatenate([[0.0], np.cumsum(weighed)])).tolist(), strict=True))
+    requests = []
+    for index, request in enumerate(trace.requests):
+        begin = begins[index if request.session is None else request.session]
+        requests.append(replace(request, arrival_s=moved[begin] + request.arrival_s - begin))
+    requests.sort(key=lambda request: request.arrival_s)
+    return _with(trace, requests, f"variation of gaps x {factor:g}, seed {seed}")
+
+
 def _with(trace: Trace, requests: list[TraceRequest], step: str) -> Trace:
     return Trace(replace(trace.header, scaling=(*trace.header.scaling, step)), requests)
 

@@ -1,21 +1,21 @@
-"""Certification: fresh runs on the held-out part say whether the SLA holds, and whether the gain over the default does.
+"""What certifies: fresh runs on held-out traffic say whether the SLA holds, and whether the gain over the default does.
 
-At one load, just below the finalist's capacity, default and finalist run in pairs with the same arrivals. The SLA holds
-if for every term the exact upper bound on misses (Clopper-Pearson, Bonferroni over terms, effective counts) stays
-below what the term allows. The gain is the ratio of capacities: the distance of the two shares on the probit scale over
-its slope, one figure a pair, Student's interval on their logarithms. Both sides run at the same load, so that an
-estimate of a capacity that was lucky cannot look like a gain. Holm over the finalists.
+At one load, just below the finalist's capacity, default and finalist run in pairs with the same arrivals
+(`proof.py`). The SLA holds if for every term the exact upper bound on misses (Clopper-Pearson, Bonferroni over terms,
+effective counts) stays below what the term allows. The gain is the ratio of capacities: the distance of the two shares
+on the probit scale over its slope, one figure a pair, Student's interval on their logarithms. Both sides run at the
+same load, so that an estimate of a capacity that was lucky cannot look like a gain. Holm over the finalists.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from setpoint.tune.search.space import DEFAULT, Setting
-from setpoint.tune.search.trial import Ask, Observation, Share, normal_share
+from setpoint.tune.search.space import Setting
+from setpoint.tune.search.trial import Observation, Share, normal_share
 from setpoint.tune.statistics import NORMAL, Interval, beta_cdf, holm, miss_rate_bound, paired_gain, requests_needed
 
 BELOW = 0.9  # of the highest load that held: where a certificate can be had
@@ -23,7 +23,6 @@ LEAST_GAIN = 0.02
 ONE_SIDED = 0.025
 LEAST_SLOPE, MOST_SLOPE, USUAL_SLOPE = 2.0, 20.0, 4.0  # of the probit of the share on the logarithm of the load
 Verdict = Literal["certified", "default", "not met", "invalid", "insufficient"]
-Measure = Callable[[Ask], Observation]
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Certificate:
     p_value: float = 1.0  # of no gain beyond the threshold, adjusted for the number of finalists
     attainment: float = 0.0
     invalid: str = ""
+    noise: float = 0.0  # between equal runs
 
     @property
     def holds(self) -> bool:
@@ -64,7 +64,7 @@ class Certificate:
 
     @property
     def is_gain(self) -> bool:
-        return self.gain is not None and self.p_value <= ONE_SIDED
+        return self.gain is not None and self.p_value <= ONE_SIDED and self.gain.estimate > self.noise
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def certificate(
     default: Sequence[Observation] = (),
     *,
     slope: float,
-    least_gain: float = LEAST_GAIN,
+    noise: float = 0.0,
     confidence: float = 0.95,
 ) -> Certificate:
     """From runs of fresh seeds; `default[i]` is the other half of the pair of `seen[i]`."""
@@ -96,10 +96,10 @@ def certificate(
     if len(pairs) >= 2:
         ratios = [math.exp(log_capacity_ratio(one, other, slope)) for one, other in pairs]
         gain = paired_gain([1.0] * len(ratios), ratios)
-        p_value = _p_value([math.log(ratio) for ratio in ratios], math.log1p(least_gain))
+        p_value = _p_value([math.log(ratio) for ratio in ratios], math.log1p(LEAST_GAIN))
     rate = sum(one.rate_rps for one in good) / len(good)
     attainment = sum(one.attainment * one.requests for one in good) / sum(one.requests for one in good)
-    return Certificate(setting, load, rate, terms, len(good), gain, p_value, attainment)
+    return Certificate(setting, load, rate, terms, len(good), gain, p_value, attainment, noise=noise)
 
 
 def log_capacity_ratio(one: Observation, other: Observation, slope: float) -> float:
@@ -154,8 +154,6 @@ def _p_value(logs: Sequence[float], threshold: float) -> float:
 
 def adjusted(found: Sequence[Certificate]) -> list[Certificate]:
     """Corrected for so many finalists."""
-    from dataclasses import replace
-
     corrected = holm([one.p_value for one in found])
     return [replace(one, p_value=p_value) for one, p_value in zip(found, corrected, strict=True)]
 
@@ -193,41 +191,3 @@ def _more_needed(term: TermCertificate, level: float) -> int:
         if misses / needed >= share:
             return max(1, int(needed * term.n / term.effective - term.n))
     return int(10 * term.n)
-
-
-def certify(
-    measure: Measure,
-    finalists: Mapping[Setting, float],
-    default_load: float | None,
-    *,
-    seconds: float,
-    seeds: Sequence[int],
-    slope: float,
-    least_gain: float,
-    confidence: float = 0.95,
-) -> tuple[Decision, list[Certificate], Certificate | None]:
-    """Runs, interleaved: each finalist and the default at the finalist's load, the default at its own; for each seed.
-
-    `finalists` gives the load of each; `default_load` is None when the default meets it nowhere.
-    """
-    mine: dict[Setting, list[Observation]] = {setting: [] for setting in finalists}
-    theirs: dict[Setting, list[Observation]] = {setting: [] for setting in finalists}
-    own: list[Observation] = []
-    for number, seed in enumerate(seeds):
-        for setting, load in finalists.items():
-            sides = [(setting, mine), (DEFAULT, theirs)]
-            for side, log in sides if number % 2 == 0 else sides[::-1]:  # ABBA
-                name = "certify" if side == setting else f"certify beside {len(theirs)}"
-                log[setting].append(measure(Ask(name, side, load, "holdout", seed, seconds)))
-        if default_load is not None:
-            own.append(measure(Ask("certify default", DEFAULT, default_load, "holdout", seed, seconds)))
-    found = [
-        certificate(
-            setting, load, mine[setting], theirs[setting], slope=slope, least_gain=least_gain, confidence=confidence
-        )
-        for setting, load in finalists.items()
-    ]
-    default = (
-        None if default_load is None else certificate(DEFAULT, default_load, own, slope=slope, confidence=confidence)
-    )
-    return decide(found, default), adjusted(found) if found else [], default

@@ -35,9 +35,13 @@ def recipe_of(
         "shrinkage": tuned.shrinkage,
         "why": tuned.decision.why,
     }
-    if tuned.default is not None:
-        evidence["default"] = certificate_document(tuned.default)
+    default = tuned.default
+    if default is not None:
+        evidence["default"] = certificate_document(default)
+    evidence["stressed"] = stressed(tuned)
     rows = [{"up_to_rps": chosen.rate_rps, "set": dict(chosen.setting)}]
+    if default is not None and default.holds and default is not chosen and default.rate_rps < chosen.rate_rps:
+        rows.insert(0, {"up_to_rps": default.rate_rps, "set": {}})
     return Recipe(
         TITLES[tuned.decision.verdict], sla, dict(chosen.setting), model, machine, evidence, tuple(rows), provenance
     )
@@ -67,6 +71,21 @@ def certificate_document(found: Certificate) -> dict[str, Any]:
     }
 
 
+def stressed(tuned: Tuned) -> list[dict[str, Any]]:
+    """How the chosen setting did under other traffic; one run each, so an outlook and no certificate."""
+    return [
+        {
+            "traffic": one.what,
+            "rate_rps": one.seen.rate_rps,
+            "requests": one.seen.requests,
+            "attainment": one.seen.attainment,
+            "meets_sla": one.seen.is_met,
+        }
+        for one in tuned.stressed
+        if one.seen.counts
+    ]
+
+
 def document(tuned: Tuned) -> dict[str, Any]:
     """Everything but the runs, which are in the study; what is infinite is null."""
     chosen = tuned.decision.chosen
@@ -94,6 +113,7 @@ def document(tuned: Tuned) -> dict[str, Any]:
             }
             for racer in tuned.racers
         ],
+        "stressed": stressed(tuned),
         "noise": tuned.noise,
         "slope": tuned.slope,
         "shrinkage": tuned.shrinkage,
@@ -127,6 +147,10 @@ def lines(tuned: Tuned) -> list[str]:
                 f"finalist {text(one.setting)}: capacity {one.gain.estimate:+.1%} [{one.gain.low:+.1%}, "
                 f"{one.gain.high:+.1%}], not claimed"
             )
+    for row in stressed(tuned):
+        met = "meets" if row["meets_sla"] else "misses"
+        share = f"{row['attainment']:.1%} of {row['requests']} good"
+        found.append(f"with {row['traffic']}: {share}, {met} the SLA (one run)")
     if tuned.shrinkage is not None:
         found.append(f"tuned minus held-out gain: {tuned.shrinkage:+.1%}")
     found.append(f"noise between equal runs {tuned.noise:.1%}; {tuned.spent_s:.0f} s of measuring")

@@ -25,7 +25,7 @@ CLIP = 1.5
 QUANTILES = tuple(range(0, 101, 5))
 MOST_UNFINISHED = 0.05  # of the arrivals, when patience ends: the queue grew
 
-Part = Literal["tune", "holdout"]
+Part = Literal["tune", "holdout", "longer", "burstier"]  # the last two: held out, and changed
 State = Literal["ok", "saturated", "invalid", "failed"]
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from setpoint.tune.search.certify import BELOW, Certificate, Decision
+from setpoint.tune.search.proof import Stressed
 from setpoint.tune.search.race import Racer
 from setpoint.tune.search.space import DEFAULT, Setting
 from setpoint.tune.search.trial import Observation
@@ -42,6 +43,7 @@ class Tuned:
     loads: list[Loads] = field(default_factory=list)
     finalists: list[Certificate] = field(default_factory=list)
     default: Certificate | None = None
+    stressed: tuple[Stressed, ...] = ()
     slope: float = 0.0
     spent_s: float = 0.0
     notes: list[str] = field(default_factory=list)

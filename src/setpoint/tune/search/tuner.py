@@ -13,14 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from setpoint.errors import ConfigError, SetpointError
-from setpoint.tune.search.certify import (
-    LEAST_GAIN,
-    Certificate,
-    Decision,
-    certificate,
-    certify,
-    probit_slope,
-)
+from setpoint.tune.search.certify import Decision, probit_slope
+from setpoint.tune.search.proof import Proof
 from setpoint.tune.search.race import Racer, joined, mean_variance, race
 from setpoint.tune.search.space import DEFAULT, Dimension, Setting, candidates, shortlist, text
 from setpoint.tune.search.study import Study
@@ -38,10 +32,8 @@ MOST_NOISE_PAIRS = (
 LOWEST_LOAD, HIGHEST_LOAD = 1 / 64, 256.0
 LEAST_RUN_S = 3.0
 AGAIN = 2  # times that a run which says nothing is repeated
-CERTIFY_SEEDS = 5
-FIRST_LOOK = 0.8  # of the time left to certify
-CONFIDENCES = (0.97, 0.985, 0.995)  # of the SLA in each look; every one after the first is at so much less load
-LOWER, LOWER_SEED = 0.87, 9100
+RACE_AT = 1.25  # of the default's capacity: below it, whatever is better than the default looks alike
+BOUNDS, MOST_STEADY = 6.0, 1 / 25  # of the slowest bound, a run shows a queue that grows; at most so much of the budget
 Measure = Callable[[Ask], Observation]
 Say = Callable[[str], None]
 
@@ -55,7 +47,8 @@ class TooNoisyError(SetpointError):
 @dataclass(frozen=True)
 class Job:
     """What to tune. `predict(setting)` gives a score of the same kind as measured ones, or None if nothing is known
-    of this model; `start_load` is where the default's capacity is expected, times the trace's own."""
+    of this model; `start_load` is where the default's capacity is expected, times the trace's own; `slowest_s` is the
+    largest bound on a latency: a queue that grows is seen in a run that is much longer than that."""
 
     dimensions: tuple[Dimension, ...]
     budget_s: float
@@ -64,6 +57,7 @@ class Job:
     start_load: float = 1.0
     accept_noise: bool = False
     most_candidates: int = 24
+    slowest_s: float = 0.0
 
 
 class Tuner:
@@ -75,12 +69,13 @@ class Tuner:
         self._until_s = 0.0
         self._predicted: dict[Setting, float] = {}
         self.run_s = max(LEAST_RUN_S, job.budget_s / 50)
+        self.steady_s = max(self.run_s, min(BOUNDS * job.slowest_s, MOST_STEADY * job.budget_s))
 
     def run(self) -> Tuned:
         """Raises TooNoisyError, or what `measure` raises; then there is no result."""
         noise = self._noise()
-        own = self._loads(DEFAULT, self.job.start_load, "load")
-        load = own.capacity or LOWEST_LOAD
+        own = self._loads(DEFAULT, self.job.start_load, "load", self.run_s)
+        load = RACE_AT * own.capacity if own.capacity else LOWEST_LOAD
         tuned = Tuned(Decision("invalid", None, ""), noise, load)
         settings = self._screened()
         self._begin("race")
@@ -93,7 +88,7 @@ class Tuner:
             noise=noise,
             has_time=lambda seconds: self.spent_s + seconds <= self._until_s,
         )
-        tuned.racers, tuned.rungs = result.racers, result.rungs
+        tuned.rungs = result.rungs
         tuned.racers = self._refined(result.racers, load, noise)
         finalists = self._ranked(tuned.racers, noise)
         self.best = text(finalists[0]) if finalists else "default"
@@ -131,7 +126,7 @@ class Tuner:
             )
         return noise
 
-    def _loads(self, setting: Setting, start: float, stage: str, runs: int = 7) -> Loads:
+    def _loads(self, setting: Setting, start: float, stage: str, seconds: float, runs: int = 7) -> Loads:
         """Doubling or halving to both sides of the SLA, then the middle, while there is time."""
         if stage == "load":
             self._begin("load")
@@ -139,9 +134,9 @@ class Tuner:
         points: list[tuple[float, Observation]] = []
         step = 2.0 if stage == "load" else 1.3
         for number in range(runs):
-            if number >= 3 and met and math.isfinite(failed) and self.spent_s + self.run_s > self._until_s:
+            if number >= 3 and met and math.isfinite(failed) and self.spent_s + seconds > self._until_s:
                 break
-            seen = self._ask(Ask(stage, setting, load, "tune", 100 + number, self.run_s))
+            seen = self._ask(Ask(stage, setting, load, "tune", 100 + number, seconds))
             if not seen.counts and seen.state != "failed":
                 continue  # it says nothing; other arrivals next time
             points.append((load, seen))
@@ -241,10 +236,10 @@ class Tuner:
         self._begin("capacity")
         tuned.loads = [own]
         for number, setting in enumerate(finalists):
-            if number and self.spent_s + 4 * self.run_s > self._until_s:
+            if number and self.spent_s + 4 * self.steady_s > self._until_s:
                 tuned.notes.append(f"no time was left for {text(setting)}")
                 continue
-            tuned.loads.append(self._loads(setting, tuned.load * 1.1, f"capacity {number}", runs=6))
+            tuned.loads.append(self._loads(setting, tuned.load, f"capacity {number}", self.steady_s, runs=6))
         tuned.slope = probit_slope([point for loads in tuned.loads for point in loads.points])
 
     def _certify(self, tuned: Tuned) -> None:
@@ -253,61 +248,18 @@ class Tuner:
         at = {loads.setting: loads.promising for loads in others if loads.capacity}
         at = dict(sorted(at.items(), key=lambda pair: -pair[1])[:2])
         if own.capacity is None and not at:
-            tried = min((point for loads in tuned.loads for point in loads.points), key=lambda p: p[0], default=None)
-            term = "" if tried is None else tried[1].margin[0]
-            share = None if tried is None or not term else tried[1].shares[term]
-            told = "nothing ran" if share is None else f"{term}: {1 - share.met / share.n:.1%} of requests miss it"
-            where = "" if tried is None else f" at {tried[1].rate_rps:.2f} requests/s, the lowest load tried"
-            tuned.decision = Decision("not met", None, f"{told}{where}, {_allowed(share)}")
+            tuned.decision = Decision("not met", None, _nowhere(tuned.loads))
             return
-        default_load = own.promising if own.capacity else None
-        rounds = 2 * len(at) + (default_load is not None)
-        left_s = self.job.budget_s - self.spent_s
-        seconds = max(LEAST_RUN_S, left_s / (rounds * CERTIFY_SEEDS) * FIRST_LOOK)
-        tuned.decision, tuned.finalists, tuned.default = certify(
+        proof = Proof(
             self._ask,
-            at,
-            default_load,
-            seconds=round(seconds, 1),
-            seeds=range(9000, 9000 + CERTIFY_SEEDS),
+            lambda: self.job.budget_s - self.spent_s,
+            least_s=self.run_s,
             slope=tuned.slope,
-            least_gain=max(LEAST_GAIN, 2 * tuned.noise),
-            confidence=CONFIDENCES[0],
+            noise=tuned.noise,
         )
-        self._certify_lower(tuned, seconds)
-
-    def _certify_lower(self, tuned: Tuned, seconds: float) -> None:
-        """Whose gain is shown but not its SLA, or else the default, at lower loads: its capacity was a guess.
-
-        All looks at the SLA share the five per cent of error that one would have; the gain was shown in the first.
-        """
-        gained = [one for one in tuned.finalists if one.is_gain and not one.invalid]
-        best = max(gained, key=lambda one: one.gain.estimate if one.gain is not None else 0.0, default=tuned.default)
-        if tuned.decision.chosen is not None and (best is None or best.holds or not best.is_gain):
-            return
-        if best is None or best.holds or best.invalid:
-            return
-        load, confidences = best.load, CONFIDENCES[1:]
-        for number, confidence in enumerate(confidences):
-            each_s = (self.job.budget_s - self.spent_s) / (len(confidences) - number) / CERTIFY_SEEDS * 0.95
-            if each_s < LEAST_RUN_S:
-                return
-            load, each_s = LOWER * load, round(min(each_s, 2 * seconds), 1)
-            seeds = range(LOWER_SEED + 10 * number, LOWER_SEED + 10 * number + CERTIFY_SEEDS)
-            seen = [self._ask(Ask("certify lower", best.setting, load, "holdout", seed, each_s)) for seed in seeds]
-            found = certificate(best.setting, load, seen, slope=tuned.slope, confidence=confidence)
-            if found.holds:
-                self._settle_for(tuned, replace(found, gain=best.gain, p_value=best.p_value), best.load)
-                return
-
-    @staticmethod
-    def _settle_for(tuned: Tuned, found: Certificate, shown_at: float) -> None:
-        if found.setting == DEFAULT:
-            tuned.default = found
-            tuned.decision = Decision("default", found, "the default is best: no setting gained more than the noise")
-            return
-        why = f"holds the SLA on held-out traffic; the gain is beyond the noise, and was shown at {shown_at:.3g} x"
-        tuned.decision = Decision("certified", found, why)
+        found = proof.of(at, own.promising if own.capacity else None)
+        tuned.decision, tuned.finalists, tuned.default = found.decision, found.finalists, found.default
+        tuned.stressed = found.stressed
 
     # --- runs ----------------------------------------------------------------------------------------------------
 
@@ -352,10 +304,17 @@ def _noise_of(ratios: Sequence[float]) -> float:
     return math.sqrt(sum(ratio**2 for ratio in last) / len(last) / 2) if last else math.inf
 
 
-def _allowed(share: object) -> str:
-    from setpoint.tune.search.trial import Share
-
-    return f"{1 - share.level:.1%} may" if isinstance(share, Share) else "nothing more is known"
+def _nowhere(loads: Sequence[Loads]) -> str:
+    """What the lowest load that was tried shows, where none held."""
+    tried = min((point for found in loads for point in found.points), key=lambda point: point[0], default=None)
+    if tried is None:
+        return "nothing ran"
+    seen = tried[1]
+    told = f"at {seen.rate_rps:.2f} requests/s, the lowest load tried"
+    share = seen.shares.get(seen.margin[0])
+    if share is None:
+        return f"{seen.detail or 'nothing is known'} {told}"
+    return f"{seen.margin[0]}: {1 - share.met / share.n:.1%} of requests miss it {told}, {1 - share.level:.1%} may"
 
 
 def check_budget(budget_s: float) -> None:
