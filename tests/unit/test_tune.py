@@ -14,8 +14,9 @@ from setpoint.errors import ConfigError
 from setpoint.tune.measure import RequestLog, Run, Window
 from setpoint.tune.recipe import Recipe, RecipeError, mismatches, parse_recipe, read_recipe, write_recipe
 from setpoint.tune.search.certify import TermCertificate, certificate, decide, probit_slope
-from setpoint.tune.search.outcome import recipe_of
+from setpoint.tune.search.outcome import lines, recipe_of
 from setpoint.tune.search.page import tune_page
+from setpoint.tune.search.proof import STRESSES
 from setpoint.tune.search.race import paired_interval, race
 from setpoint.tune.search.space import DEFAULT, Setting, candidates, coordinates, scattered, shortlist, space
 from setpoint.tune.search.study import Study, StudyError
@@ -171,8 +172,8 @@ def test_terms_that_no_share_certifies_are_refused(sla: str) -> None:
 def test_a_study_goes_on_where_it_ended(tmp_path: Path) -> None:
     path, world = tmp_path / "s.jsonl", World(hill, 0.02, 3)
     whole = tuned(world, study=Study(path, {"a": 1}))
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[: len(lines) // 2]) + '{"torn')
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(rows[: len(rows) // 2]) + '{"torn')
     asked = []
 
     def measure(ask: Ask) -> Observation:
@@ -181,14 +182,14 @@ def test_a_study_goes_on_where_it_ended(tmp_path: Path) -> None:
 
     predict = lambda setting: math.log(max(hill(setting), 0.01))  # noqa: E731
     again = Tuner(Job(DIMENSIONS, 600.0, predict), measure, Study(path, {"a": 1}, resume=True)).run()
-    assert len(asked) == len(lines) - len(lines) // 2
+    assert len(asked) == len(rows) - len(rows) // 2
     assert again.decision == whole.decision
-    assert path.read_text().splitlines(keepends=True) == lines
+    assert path.read_text().splitlines(keepends=True) == rows
     with pytest.raises(StudyError, match="another tuning"):
         Study(path, {"a": 2}, resume=True)
     with pytest.raises(StudyError, match="--resume"):
         Study(path, {"a": 1})
-    path.write_text(lines[0] + "[]\n")
+    path.write_text(rows[0] + "[]\n")
     with pytest.raises(StudyError, match="line 2"):
         Study(path, {"a": 1}, resume=True)
 
@@ -219,6 +220,38 @@ def test_a_recipe_is_read_as_it_was_written_and_nothing_else(tmp_path: Path) -> 
     path.write_text("recipe = ")
     with pytest.raises(RecipeError, match="TOML"):
         read_recipe(path)
+
+
+def test_a_certified_setting_is_also_seen_where_it_was_not_tuned() -> None:
+    study = Study(None, {})
+    found = tuned(World(hill, 0.02, 1), study=study, budget_s=3600.0)
+    assert found.decision.verdict == "certified"
+    chosen = found.decision.chosen
+    assert chosen is not None
+    assert [one.what for one in found.stressed] == [what for what, _, _ in STRESSES]
+    asked = {(ask.part, round(ask.load / chosen.load, 6)) for ask, _ in study.lines if ask.stage == "stress"}
+    assert asked == {("holdout", 1.2), ("longer", 1.0), ("burstier", 1.0)}
+    assert "with lengths +20 %" in "\n".join(lines(found))
+
+
+def test_the_envelope_has_the_default_below_what_was_chosen() -> None:
+    found = tuned(World(hill, 0.02, 1), budget_s=3600.0)
+    made = recipe_of(found, sla="ttft.p95<1ms", model={}, machine={}, provenance={})
+    assert made is not None
+    assert found.default is not None
+    assert found.default.holds
+    assert [row["set"] for row in made.envelope] == [{}, dict(made.knobs)]
+    assert made.envelope[0]["up_to_rps"] < made.envelope[1]["up_to_rps"]
+    assert len(made.evidence["stressed"]) == 3
+
+
+def test_without_a_shown_gain_the_default_is_certified_by_the_same_runs() -> None:
+    study = Study(None, {})
+    found = tuned(World(lambda setting: 1.0, 0.02, 5), predicts=False, study=study)
+    assert found.decision.verdict == "default"
+    assert found.default is not None
+    assert found.decision.chosen is found.default
+    assert found.default.runs == 5
 
 
 def test_the_page_tells_all_and_needs_no_network() -> None:

@@ -20,7 +20,7 @@ from setpoint.workload.imports import import_trace
 from setpoint.workload.synth import PRESETS, from_table, synthesize
 from setpoint.workload.tables import lengths, table
 from setpoint.workload.trace import SCHEMA, Trace, TraceError, TraceHeader, TraceRequest, read_trace, write_trace
-from setpoint.workload.transform import excerpt, scale_lengths, scale_rate, split
+from setpoint.workload.transform import excerpt, more_bursts, scale_lengths, scale_rate, split
 
 requests = st.lists(
     st.builds(
@@ -219,6 +219,35 @@ def test_an_excerpt_holds_what_arrives_in_its_time(items: list[TraceRequest], be
     assert times == sorted(times)
     if trace.seconds > 0:
         assert all(0 <= t < seconds for t in times)
+
+
+def test_more_bursts_keep_the_requests_and_the_time_and_gather_the_arrivals() -> None:
+    trace = synthesize("rag", rate=5.0, seconds=600.0, seed=1)
+
+    def variation(found: Trace) -> float:
+        gaps = np.diff([request.arrival_s for request in found.requests])
+        return float(gaps.std() / gaps.mean())
+
+    bursts = more_bursts(trace, 2.0, seed=3)
+    assert variation(bursts) == pytest.approx(2 * variation(trace), rel=0.2)
+    assert bursts.seconds == pytest.approx(trace.seconds)
+    assert sorted(r.input_tokens for r in bursts.requests) == sorted(r.input_tokens for r in trace.requests)
+    with pytest.raises(ConfigError, match="variation"):
+        more_bursts(trace, 0.5)
+
+
+def test_more_bursts_move_sessions_as_a_whole() -> None:
+    trace = synthesize("agent", rate=2.0, seconds=600.0, seed=1)
+
+    def spans(found: Trace) -> dict[str, list[float]]:
+        times: dict[str, list[float]] = {}
+        for request in found.requests:
+            times.setdefault(str(request.session), []).append(request.arrival_s)
+        return {name: [round(at - many[0], 6) for at in many] for name, many in times.items()}
+
+    assert spans(more_bursts(trace)) == spans(trace)
+    arrivals = [request.arrival_s for request in more_bursts(trace).requests]
+    assert arrivals == sorted(arrivals)
 
 
 def test_a_trace_that_goes_round_brings_new_blocks_and_sessions() -> None:

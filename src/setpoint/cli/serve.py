@@ -18,7 +18,9 @@ from setpoint.config import EngineConfig, ServerConfig, api_key_from_environment
 from setpoint.errors import ConfigError
 
 if TYPE_CHECKING:
+    from setpoint.engine.slo import HeldSla
     from setpoint.engine.step_cost import StepCost
+    from setpoint.tune.recipe import Recipe
 
 app = command_app("Serve a model over an OpenAI-compatible HTTP API.")
 
@@ -55,8 +57,7 @@ def serve(
     if check_config:
         _print_reasons(config if tuned is None else tuned.config)
         return
-    slo = http.slo or (None if tuned is None else tuned.sla)
-    held = None if slo is None else HeldSla.parse(slo)
+    held = HeldSla.parse(http.slo) if http.slo else None if tuned is None else tuned.held
     environment_key = api_key_from_environment()
     keys = KeyRing(
         [*http.api_key, *([environment_key] if environment_key else [])],
@@ -124,7 +125,7 @@ class Tuned:
     config: EngineConfig
     built: EngineConfig
     knobs: Mapping[str, Any]
-    sla: str | None  # if steps can hold it
+    held: HeldSla | None  # its SLA, if steps can hold it, with the rows of its envelope
 
 
 def with_recipe(config: EngineConfig, path: Path, *, anyway: bool) -> Tuned:
@@ -153,23 +154,35 @@ def with_recipe(config: EngineConfig, path: Path, *, anyway: bool) -> Tuned:
     rest = {name: value for name, value in found.knobs.items() if getattr(config, name) == getattr(default, name)}
     what = f"UNCERTIFIED ({'; '.join(problems)})" if problems else found.verdict
     print(f"setpoint: recipe {path.name}: {what}", file=sys.stderr, flush=True)
-    larger: dict[str, Any] = {
-        name: value for name, value in rest.items() if isinstance(value, int) and value > getattr(default, name)
-    }
+    larger: dict[str, Any] = {}
+    for knobs in (rest, *(row["set"] for row in found.envelope)):
+        for name, value in knobs.items():
+            if isinstance(value, int) and value > max(larger.get(name, 0), getattr(default, name)):
+                larger[name] = value
     built = replace(survey(config).config, **larger) if larger else config
-    return Tuned(replace(config, **rest), built, dict(found.knobs), _to_hold(found.sla))
+    return Tuned(replace(config, **rest), built, dict(found.knobs), _to_hold(found, config))
 
 
-def _to_hold(sla: str) -> str | None:
+def _to_hold(recipe: Recipe, config: EngineConfig) -> HeldSla | None:
     """None, with a line that says why, for an SLA that was certified but cannot be held step by step."""
+    from setpoint.assemble import scheduler_limits
+    from setpoint.engine.envelope import EnvelopeRow, Traffic
     from setpoint.engine.slo import HeldSla
 
     try:
-        HeldSla.parse(sla)
+        held = HeldSla.parse(recipe.sla)
     except ConfigError as error:
         print(f"setpoint: the recipe's SLA is not held while serving: {error}", file=sys.stderr, flush=True)
         return None
-    return sla
+    default = EngineConfig(model=config.model)
+    rows = []
+    for row in recipe.envelope:
+        knobs = {name: value for name, value in row["set"].items() if getattr(config, name) == getattr(default, name)}
+        rows.append(EnvelopeRow(float(row["up_to_rps"]), scheduler_limits(replace(config, **knobs))))
+    lengths = recipe.provenance.get("traffic", {})
+    names = ("input_log_mean", "input_log_deviation", "output_log_mean", "output_log_deviation")
+    known = all(isinstance(lengths.get(name), float) for name in names)
+    return replace(held, rows=tuple(rows), traffic=Traffic(*(lengths[name] for name in names)) if known else None)
 
 
 def _probed_cost(fingerprint: str) -> StepCost | None:

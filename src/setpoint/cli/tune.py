@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import re
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -102,6 +104,7 @@ def tune(
         "engine": __version__,
         "trace": {"file": trace.name, "sha256": of_trace, "requests": len(loaded.requests), "held_out": HOLDOUT},
         "budget_s": seconds,
+        "traffic": _lengths(loaded),
         "seeds": {"tune": [0, 8999], "held_out": [9000, 9399]},
         "given": given,
         "accept_noise": accept_noise,
@@ -139,6 +142,16 @@ def _given(config: EngineConfig) -> dict[str, Any]:
 
     pairs = {d.name: getattr(config, d.name) for d in knob_fields(type(config)) if getattr(config, d.name) != d.default}
     return dict(pairs)
+
+
+def _lengths(trace: Trace) -> dict[str, float]:
+    """Mean and deviation of the logarithms of lengths: what `serve --recipe` compares its traffic with."""
+    logs = {
+        "input": [math.log(max(request.input_tokens, 1)) for request in trace.requests],
+        "output": [math.log(max(request.output_tokens, 1)) for request in trace.requests],
+    }
+    means = {f"{name}_log_mean": statistics.fmean(values) for name, values in logs.items()}
+    return means | {f"{name}_log_deviation": statistics.pstdev(values) for name, values in logs.items()}
 
 
 def _lossy() -> tuple[str, ...]:

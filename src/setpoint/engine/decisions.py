@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from setpoint.engine.envelope import RowChoice, RowView, choose_row
 from setpoint.engine.pacing import (
     ArrivalChoice,
     ArrivalView,
@@ -18,10 +19,10 @@ from setpoint.engine.pacing import (
     choose_step,
 )
 
-MAX_DECISIONS = 512
+MAX_DECISIONS, MAX_SWITCHES = 512, 64
 
-View = StepView | ArrivalView | BackoffView
-Choice = StepChoice | ArrivalChoice | BackoffChoice
+View = StepView | ArrivalView | BackoffView | RowView
+Choice = StepChoice | ArrivalChoice | BackoffChoice | RowChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Decision:
 
     @property
     def kind(self) -> str:
-        return {StepView: "step", ArrivalView: "arrival", BackoffView: "backoff"}[type(self.view)]
+        return {StepView: "step", ArrivalView: "arrival", BackoffView: "backoff", RowView: "row"}[type(self.view)]
 
     def document(self) -> dict[str, Any]:
         """Lengths and times only: nothing says whose requests they were."""
@@ -48,21 +49,29 @@ def choose(view: View) -> Choice:
             return choose_arrival(view)
         case BackoffView():
             return choose_backoff(view)
+        case RowView():
+            return choose_row(view)
 
 
 class Decisions:
-    """The latest decisions. One thread at a time adds; any may read."""
+    """The latest decisions, and the latest switches of rows, which thousands of steps may follow.
+
+    One thread at a time adds; any may read.
+    """
 
     def __init__(self) -> None:
         self._kept: deque[Decision] = deque(maxlen=MAX_DECISIONS)
+        self._switches: deque[Decision] = deque(maxlen=MAX_SWITCHES)
 
     def add(self, at_s: float, view: View, choice: Choice) -> None:
-        self._kept.append(Decision(at_s, view, choice))
+        is_switch = isinstance(choice, RowChoice) and choice.why != "stays"
+        (self._switches if is_switch else self._kept).append(Decision(at_s, view, choice))
 
-    def latest(self, count: int = MAX_DECISIONS) -> list[Decision]:
+    def latest(self, count: int = MAX_DECISIONS + MAX_SWITCHES) -> list[Decision]:
         while True:
             try:
-                kept = list(self._kept)
+                kept, switches = list(self._kept), list(self._switches)
             except RuntimeError:  # one was added meanwhile
                 continue
-            return kept[-count:] if count > 0 else []
+            latest = sorted([*kept, *switches], key=lambda decision: decision.at_s)
+            return latest[-count:] if count > 0 else []

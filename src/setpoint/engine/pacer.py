@@ -13,6 +13,7 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 
 from setpoint.engine.decisions import Decisions
+from setpoint.engine.envelope import Envelope, choose_row
 from setpoint.engine.limits import SchedulerLimits
 from setpoint.engine.pace_cost import LearnedCost, PaceCost, ProbedCost
 from setpoint.engine.pacing import (
@@ -88,6 +89,8 @@ class Pacer:
         self._inside: dict[str, tuple[int, float, float]] = {}  # admitted, and not seen by the scheduler yet
         self._door = _Door()
         self._all = Attainment()
+        self._envelope = Envelope(held.rows, held.level, held.traffic) if held.rows else None
+        self._row_s = -math.inf
         self._committed_s = 0.0
         self._tick_s: float | None = None
         self._turn = self._starved = 0
@@ -107,6 +110,8 @@ class Pacer:
         slo = request.slo or self.held.slo
         due_s = now + (math.inf if slo.ttft_s is None else slo.ttft_s)
         with self._lock:
+            if self._envelope is not None:
+                self._envelope.arrived()
             door = self._door
             if num_running + num_waiting == 0:  # no step has told since: nothing is ahead
                 door = _Door(rate=door.rate)
@@ -136,6 +141,8 @@ class Pacer:
         if choice.retry_after_s is not None:
             shed = self.counters.shed
             shed[request.priority] = shed.get(request.priority, 0) + 1
+            if self._envelope is not None:
+                self._envelope.refused()
             raise ShedError(
                 f"the server cannot answer within the request's target now: its first token would take "
                 f"{choice.predicted_s:.1f} s; retry in {choice.retry_after_s} s",
@@ -319,6 +326,9 @@ class Pacer:
         ttft = slo.ttft_s is None or first_s - arrived_s < slo.ttft_s
         tpot = slo.tpot_s is None or num_output < 2 or (now - first_s) / (num_output - 1) < slo.tpot_s
         self._all.note(ttft, tpot)
+        if self._envelope is not None:
+            with self._lock:
+                self._envelope.answered(arrived_s, ttft, tpot, seq.num_prompt, num_output)
         self.counters.classes.setdefault(seq.order[0], Attainment()).note(ttft, tpot)
         self._output += 0.05 * (num_output - self._output)
         if seq.first_scheduled_time is not None:
@@ -326,6 +336,22 @@ class Pacer:
             self._service_s += (0.1 if self._service_s else 1.0) * (held_s - self._service_s)
 
     # --- each second ---------------------------------------------------------------------------------------------
+
+    def limits(self, now: float, otherwise: SchedulerLimits) -> SchedulerLimits:
+        """Those of the row of the recipe that is in force from this step on."""
+        envelope = self._envelope
+        if envelope is None:
+            return otherwise
+        if now - self._row_s >= TICK_S:
+            self._row_s = now
+            with self._lock:
+                view = envelope.view(now)
+                choice = choose_row(view)
+                envelope.follow(choice, now)
+            self.decisions.add(now, view, choice)
+            self.counters.row, self.counters.num_switches = envelope.row, envelope.num_switches
+            self.counters.outside = envelope.outside
+        return envelope.limits
 
     def _max_running(self, limits: SchedulerLimits) -> int:
         places = limits.max_num_seqs if self._kv_places is None else self._kv_places

@@ -36,3 +36,6 @@ class PacingCounters:
     num_late: int = 0  # prompts that were thought late, as of the last step
     aim: float = 1.0
     max_running: int = 0
+    row: int = 0  # of a recipe's envelope, that is in force
+    num_switches: int = 0  # between such rows
+    outside: dict[str, bool] = field(default_factory=dict)  # what of the traffic no certificate speaks of

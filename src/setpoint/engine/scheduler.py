@@ -152,6 +152,8 @@ class Scheduler:
         self._planned_at = now
         self.timelines.begin(now)
         self.sessions.expire(now)
+        if self.pacer is not None:
+            self.limits = self.pacer.limits(now, self.limits)
         return self._planner.plan(self.limits, now)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from setpoint.engine.envelope import EnvelopeRow, Traffic
 from setpoint.errors import ConfigError
 
 METRICS = ("ttft", "tpot", "itl", "stall", "e2e")
@@ -75,11 +76,22 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class HeldSla:
-    """What `--slo` asks the engine to hold: every request's target, and the share of requests that shall meet each."""
+    """What `--slo` asks the engine to hold: every request's target, and the share of requests that shall meet each.
+
+    `rows` are settings that a recipe certified for it, by ascending load, and `traffic` is what it was certified on.
+    """
 
     slo: Slo
     ttft_level: float = 0.95
     tpot_level: float = 0.95
+    rows: tuple[EnvelopeRow, ...] = ()
+    traffic: Traffic | None = None
+
+    @property
+    def level(self) -> float:
+        """Share of requests that meet all of their targets at least, where each share is just met."""
+        missed = [(self.slo.ttft_s, 1 - self.ttft_level), (self.slo.tpot_s, 1 - self.tpot_level)]
+        return max(0.0, 1 - sum(share for bound, share in missed if bound is not None))
 
     @classmethod
     def parse(cls, text: str) -> HeldSla:

@@ -262,6 +262,15 @@ class _EngineCollector(Collector):
         yield self._split(CounterMetricFamily, "setpoint_slo_shed", "Refused as they would be late.", "priority", shed)
         text = "Steps whose budget a deadline set."
         yield self._family(CounterMetricFamily, "setpoint_slo_bound_steps", text, counters.num_bound_steps)
+        if not counters.outside:
+            return
+        text = "Row of the recipe's envelope that is in force, from 0."
+        yield self._family(GaugeMetricFamily, "setpoint_slo_row", text, counters.row)
+        text = "Switches between rows of the recipe's envelope."
+        yield self._family(CounterMetricFamily, "setpoint_slo_row_switches", text, counters.num_switches)
+        text = "1 where the traffic is none that the recipe was certified on."
+        outside = {what: int(found) for what, found in dict(counters.outside).items()}
+        yield self._split(GaugeMetricFamily, "setpoint_slo_outside_certificate", text, "what", outside)
 
     def _grammar_caches(self, grammars: GrammarCompiler) -> Iterator[Metric]:
         counts = grammars.cache_counts()

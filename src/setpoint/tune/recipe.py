@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,7 @@ def parse_recipe(found: Mapping[str, Any]) -> Recipe:
     if found["content_sha256"] != content_hash(found):
         raise RecipeError("the recipe was changed after it was written: content_sha256 does not fit")
     check_knobs(found["knobs"])
+    check_envelope(envelope)
     rest = {name: found[name] for name in _TOP[1:-1] if name != "envelope"}
     return Recipe(**rest, envelope=tuple(envelope))
 
@@ -133,6 +134,19 @@ def check_knobs(knobs: Mapping[str, Any]) -> None:
             raise RecipeError(f"the recipe's knobs.{name[:64]} cannot be set by a recipe; it may set {', '.join(hot)}")
         if type(value) is not type(hot[name].default):
             raise RecipeError(f"the recipe's knobs.{name} must be of type {type(hot[name].default).__name__}")
+
+
+def check_envelope(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises RecipeError unless every row has a load up to which its knobs were certified, each more than the last."""
+    before: float = 0.0
+    for number, row in enumerate(rows):
+        up_to, knobs = row.get("up_to_rps"), row.get("set")
+        if not isinstance(up_to, int | float) or isinstance(up_to, bool) or not before < up_to < math.inf:
+            raise RecipeError(f"the recipe's envelope[{number}].up_to_rps must be a rate above {before:g}")
+        if not isinstance(knobs, dict):
+            raise RecipeError(f"the recipe's envelope[{number}].set must be a table")
+        check_knobs(knobs)
+        before = float(up_to)
 
 
 def machine_fingerprint(identity: MachineIdentity) -> str:

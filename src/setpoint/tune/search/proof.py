@@ -138,8 +138,8 @@ class Proof:
     def _under_stress(self, chosen: Certificate) -> tuple[Stressed, ...]:
         found = []
         for number, (what, part, factor) in enumerate(STRESSES):
-            seconds = self._each_s(1, 0.95 / (len(STRESSES) - number))
-            if self._left_s() < seconds:
+            seconds = round(min(0.95 * self._left_s() / (len(STRESSES) - number), MOST * self._least_s), 1)
+            if seconds < self._least_s / 2:  # an outlook may be shorter than a proof
                 break
             ask = Ask("stress", chosen.setting, chosen.load * factor, part, STRESS_SEED, seconds)
             found.append(Stressed(what, self._measure(ask)))

@@ -15,6 +15,7 @@ from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from setpoint.engine.decisions import Decision
 from setpoint.engine.events import Event
 from setpoint.engine.plan import Runner, RunnerInfo, StepPlan, StepResult
 from setpoint.engine.request import Request
@@ -77,6 +78,7 @@ class Simulation:
     prompt_tokens: int = 0
     prompt_tokens_cached: int = 0
     preemptions: int = 0
+    decisions: tuple[Decision, ...] = ()  # the latest of a pacer
 
     @property
     def speed(self) -> float:
@@ -281,6 +283,7 @@ class _World:
             counters.prompt_tokens,
             counters.prompt_tokens_cached,
             counters.preemptions,
+            () if self.scheduler.pacer is None else tuple(self.scheduler.pacer.decisions.latest()),
         )
 
     def _log(self, index: int, answer: _Answer) -> RequestLog:
