@@ -77,6 +77,6 @@ def test_what_would_be_late_is_refused_with_a_time_to_come_back(held: House) -> 
     assert sum(shed) >= len(refused)
     assert any(name.startswith("setpoint_slo_attainment") for name in figures)
     kinds = [decision["kind"] for decision in held.get("/v1/setpoint/decisions").json()["data"]]
-    assert {"step", "arrival", "backoff"} >= set(kinds)
+    assert {"step", "arrival"} >= set(kinds)
     assert "step" in kinds
     assert held.engine.stats().rejected["shed"] >= len(refused)

@@ -15,12 +15,10 @@ from setpoint.engine.pacing import (
     LATE_TURN,
     STARTED,
     ArrivalView,
-    BackoffView,
     Decode,
     Prompt,
     StepView,
     choose_arrival,
-    choose_backoff,
     choose_step,
 )
 from setpoint.engine.scheduler import Scheduler, SchedulerLimits
@@ -105,24 +103,14 @@ def test_every_choice_is_possible_and_prompts_are_never_starved(
 
 
 def test_an_idle_engine_takes_anyone_and_a_busy_one_says_when() -> None:
-    idle = ArrivalView(0.2, 5000, 0, 0, 4, 0.0, 1000.0, 0.0, 1.0)
+    idle = ArrivalView(0.2, 5000, 0, 0, 4, 0.0, 1000.0, 0.0)
     assert choose_arrival(idle).retry_after_s is None
     short = replace(idle, own_tokens=50)
     assert choose_arrival(replace(short, ahead_tokens=100)).retry_after_s is None
     assert choose_arrival(replace(short, ahead_tokens=4000)).retry_after_s == 4
-    assert choose_arrival(replace(short, ahead_tokens=100, aim=0.3)).retry_after_s == 1
+    assert choose_arrival(replace(short, ahead_tokens=160)).retry_after_s == 1
     assert choose_arrival(replace(short, ahead_requests=9, free_places=0, finish_rate=1.0)).retry_after_s == 10
     assert choose_arrival(replace(short, ahead_tokens=10**9)).retry_after_s == 600
-
-
-def test_it_holds_back_quickly_and_lets_go_slowly() -> None:
-    kept = BackoffView(0.99, 0.99, 0.95, 0.95, 50, 0.8, 0.8, 16, 20, 64, False)
-    assert choose_backoff(kept).aim == pytest.approx(0.85)
-    assert choose_backoff(replace(kept, ttft_share=0.95)).aim == 0.8  # between the two bounds nothing moves
-    assert choose_backoff(replace(kept, tpot_share=0.5)).fill == pytest.approx(0.7)
-    assert choose_backoff(replace(kept, tpot_share=0.5, num_answers=3)).fill == 0.8
-    assert choose_backoff(kept).places == 21
-    assert choose_backoff(replace(kept, preempted=True)).places == 14
 
 
 def test_an_sla_that_cannot_be_held_is_refused_by_name() -> None:
@@ -206,7 +194,7 @@ def test_tokens_are_the_same_and_everyone_is_served(
     assert paced.pacer is not None
     for decision in paced.pacer.decisions.latest():
         assert choose(decision.view) == decision.choice
-        assert decision.document()["kind"] in ("step", "arrival", "backoff")
+        assert decision.document()["kind"] in ("step", "arrival")
 
 
 def test_without_an_sla_the_plans_are_those_of_a_pacer_that_has_nothing_to_hold() -> None:

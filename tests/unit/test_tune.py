@@ -131,7 +131,13 @@ def test_what_is_not_shown_is_not_certified() -> None:
     assert "more requests" in decide([], few).why
     bad = certificate(DEFAULT, 1.0, [seen(100)] * 5, slope=4.0)
     assert decide([], bad).verdict == "not met"
-    broken = certificate(BEST, 1.0, [seen(198), seen(198, state="invalid")], default, slope=4.0)
+    one_lost = certificate(BEST, 1.0, [*mine[:4], seen(0, state="invalid")], default, slope=4.0)
+    assert one_lost.holds
+    assert one_lost.is_gain
+    assert one_lost.runs == 4
+    failed = certificate(BEST, 1.0, [*mine[:4], seen(0, state="failed")], default, slope=4.0)
+    assert not failed.holds
+    broken = certificate(BEST, 1.0, [*mine[:3], *[seen(198, state="invalid")] * 2], default, slope=4.0)
     assert not broken.holds
     assert decide([broken], None).verdict == "invalid"
     assert not TermCertificate("t", 1, 20, 20, 0.2, 0.05).holds

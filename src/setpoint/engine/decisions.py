@@ -10,19 +10,16 @@ from setpoint.engine.envelope import RowChoice, RowView, choose_row
 from setpoint.engine.pacing import (
     ArrivalChoice,
     ArrivalView,
-    BackoffChoice,
-    BackoffView,
     StepChoice,
     StepView,
     choose_arrival,
-    choose_backoff,
     choose_step,
 )
 
 MAX_DECISIONS, MAX_SWITCHES = 512, 64
 
-View = StepView | ArrivalView | BackoffView | RowView
-Choice = StepChoice | ArrivalChoice | BackoffChoice | RowChoice
+View = StepView | ArrivalView | RowView
+Choice = StepChoice | ArrivalChoice | RowChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +30,7 @@ class Decision:
 
     @property
     def kind(self) -> str:
-        return {StepView: "step", ArrivalView: "arrival", BackoffView: "backoff", RowView: "row"}[type(self.view)]
+        return {StepView: "step", ArrivalView: "arrival", RowView: "row"}[type(self.view)]
 
     def document(self) -> dict[str, Any]:
         """Lengths and times only: nothing says whose requests they were."""
@@ -47,8 +44,6 @@ def choose(view: View) -> Choice:
             return choose_step(view)
         case ArrivalView():
             return choose_arrival(view)
-        case BackoffView():
-            return choose_backoff(view)
         case RowView():
             return choose_row(view)
 

@@ -19,12 +19,10 @@ from setpoint.engine.pace_cost import LearnedCost, PaceCost, ProbedCost
 from setpoint.engine.pacing import (
     STARTED,
     ArrivalView,
-    BackoffView,
     Decode,
     Prompt,
     StepView,
     choose_arrival,
-    choose_backoff,
     choose_step,
 )
 from setpoint.engine.pacing_counters import Attainment, PacingCounters
@@ -88,7 +86,6 @@ class Pacer:
         self._lock = threading.Lock()
         self._inside: dict[str, tuple[int, float, float]] = {}  # admitted, and not seen by the scheduler yet
         self._door = _Door()
-        self._all = Attainment()
         self._envelope = Envelope(held.rows, held.level, held.traffic) if held.rows else None
         self._row_s = -math.inf
         self._committed_s = 0.0
@@ -98,9 +95,6 @@ class Pacer:
         self._fresh_share = 1.0  # of prompts, that no cache had
         self._output = _NO_TOKENS
         self._service_s = 0.0  # that an answer holds its place
-        self._fill = 1.0
-        self._kv_places: int | None = None
-        self._preemptions = 0
         self._cap = 1 << 20
 
     # --- arrivals ------------------------------------------------------------------------------------------------
@@ -134,7 +128,6 @@ class Pacer:
             finish_rate=self._finish_rate(num_running),
             rate=door.rate,
             step_s=step_s,
-            aim=self.counters.aim,
         )
         choice = choose_arrival(view)
         self.decisions.add(now, view, choice)
@@ -166,16 +159,17 @@ class Pacer:
         prefills: list[Sequence],
         waiting: list[Sequence],
         limits: SchedulerLimits,
-        preemptions: int,
         now: float,
     ) -> Paced:
         """What the step that begins now may do. Decodes always have a token of the budget each."""
-        num_running = len(decodes) + len(prefills)
         for seq in decodes:
             if seq.pace is None or seq.pace.first_s is None:
                 self._note_first(seq)
         if self._tick_s is None or now - self._tick_s >= TICK_S:
-            self._tick(decodes, num_running, limits, preemptions, now)
+            self._tick_s = now
+            if decodes:
+                context = sum(len(seq.token_ids) for seq in decodes) / len(decodes)
+                self._cap = self._largest_batch(context, limits.max_num_seqs)
         if not prefills and not waiting:
             self._starved = 0
             self._door = _Door((), 0, self._max_running(limits), self._rate(0), 0.0)
@@ -325,7 +319,6 @@ class Pacer:
         arrived_s = seq.arrival_time if seq.owner.request.submitted_time is None else seq.owner.request.submitted_time
         ttft = slo.ttft_s is None or first_s - arrived_s < slo.ttft_s
         tpot = slo.tpot_s is None or num_output < 2 or (now - first_s) / (num_output - 1) < slo.tpot_s
-        self._all.note(ttft, tpot)
         if self._envelope is not None:
             with self._lock:
                 self._envelope.answered(arrived_s, ttft, tpot, seq.num_prompt, num_output)
@@ -354,33 +347,7 @@ class Pacer:
         return envelope.limits
 
     def _max_running(self, limits: SchedulerLimits) -> int:
-        places = limits.max_num_seqs if self._kv_places is None else self._kv_places
-        return max(1, min(limits.max_num_seqs, places, self._cap))
-
-    def _tick(
-        self, decodes: list[Sequence], num_running: int, limits: SchedulerLimits, preemptions: int, now: float
-    ) -> None:
-        self._tick_s = now
-        view = BackoffView(
-            ttft_share=self._all.ttft,
-            tpot_share=self._all.tpot,
-            ttft_level=self.held.ttft_level,
-            tpot_level=self.held.tpot_level,
-            num_answers=self._all.num,
-            aim=self.counters.aim,
-            fill=self._fill,
-            num_running=num_running,
-            places=limits.max_num_seqs if self._kv_places is None else self._kv_places,
-            max_places=limits.max_num_seqs,
-            preempted=preemptions > self._preemptions,
-        )
-        choice = choose_backoff(view)
-        self.decisions.add(now, view, choice)
-        self._preemptions = preemptions
-        self.counters.aim, self._fill, self._kv_places = choice.aim, choice.fill, choice.places
-        if decodes:
-            context = sum(len(seq.token_ids) for seq in decodes) / len(decodes)
-            self._cap = self._largest_batch(context, limits.max_num_seqs)
+        return max(1, min(limits.max_num_seqs, self._cap))
 
     def _largest_batch(self, context: float, most: int) -> int:
         """Sequences of so much context that can all have a token within the TPOT target of the agreement.
@@ -390,7 +357,7 @@ class Pacer:
         tpot_s = self.held.slo.tpot_s
         if tpot_s is None or not self._cost.is_known:
             return most
-        allowed_s = MARGIN * tpot_s * self._fill
+        allowed_s = MARGIN * tpot_s
 
         def seconds(num: int) -> float:
             return self._cost.seconds(StepShape(num, num, num, num * context, num * context))

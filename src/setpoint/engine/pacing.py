@@ -4,7 +4,7 @@
 answer is due at `first + i * TPOT`; the budget is the largest that lets every running sequence keep its next deadline.
 Where that would miss first tokens, the budget with the fewest predicted misses of both kinds is taken. Prompts go by
 deadline, and what can no longer be met goes behind what can: the rule of Moore (1968), which leaves the fewest late.
-*Each arrival*: whether its first token can still be in time behind what waits. *Each second*: how much to hold back.
+*Each arrival*: whether its first token can still be in time behind what waits.
 
 Every view is kept with its choice (`decisions.py`), so that a run can be judged, and repeated, afterwards.
 """
@@ -162,7 +162,6 @@ class ArrivalView:
     finish_rate: float  # answers a second, 0 where none ended yet
     rate: float  # prompt tokens a second
     step_s: float  # the step under way may last so long
-    aim: float  # share of the target that may be used
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,51 +178,8 @@ def choose_arrival(view: ArrivalView) -> ArrivalChoice:
     in_line = view.ahead_requests + 1 - view.free_places
     if in_line > 0 and view.finish_rate > 0.0:
         predicted_s = max(predicted_s, alone_s + in_line / view.finish_rate)
-    allowed_s = max(view.ttft_s * view.aim, 2 * alone_s)
+    allowed_s = max(view.ttft_s, 2 * alone_s)
     if predicted_s <= allowed_s:
         return ArrivalChoice(predicted_s, None)
     wait_s = math.ceil(min(predicted_s - allowed_s, MAX_RETRY_AFTER_S))
     return ArrivalChoice(predicted_s, min(max(wait_s, 1), MAX_RETRY_AFTER_S))
-
-
-@dataclass(frozen=True, slots=True)
-class BackoffView:
-    """How the agreement is kept: shares of answers in time, moving averages; and what is held back."""
-
-    ttft_share: float
-    tpot_share: float
-    ttft_level: float
-    tpot_level: float
-    num_answers: int
-    aim: float  # share of a TTFT target that an arrival may be predicted to take
-    fill: float  # share of a TPOT target that a full batch may take
-    num_running: int
-    places: int  # that the KV cache has shown to have room for
-    max_places: int
-    preempted: bool  # since the last look
-
-
-@dataclass(frozen=True, slots=True)
-class BackoffChoice:
-    aim: float
-    fill: float
-    places: int
-
-
-def choose_backoff(view: BackoffView) -> BackoffChoice:
-    """Fewer arrivals while first tokens are late, smaller batches while answers are slow or lose their blocks; back
-    again more slowly, and only once the agreement is clearly kept."""
-    aim, fill = view.aim, view.fill
-    if view.num_answers >= 8:
-        aim = _steered(aim, view.ttft_share, view.ttft_level, 0.3)
-        fill = _steered(fill, view.tpot_share, view.tpot_level, 0.5)
-    places = min(view.places + 1, view.max_places)
-    if view.preempted:
-        places = max(1, min(view.places, view.num_running - max(1, view.num_running // 8)))
-    return BackoffChoice(aim, fill, places)
-
-
-def _steered(value: float, share: float, level: float, least: float) -> float:
-    if share < level - 0.02:
-        return max(value - 0.1, least)
-    return min(value + 0.05, 1.0) if share > level + 0.4 * (1.0 - level) or share == 1.0 else value

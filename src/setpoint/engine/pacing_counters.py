@@ -34,7 +34,6 @@ class PacingCounters:
     least_slack_s: float = 0.0  # of its running sequences and prompts; 0 while nothing is due
     num_bound_steps: int = 0  # whose budget a deadline set
     num_late: int = 0  # prompts that were thought late, as of the last step
-    aim: float = 1.0
     max_running: int = 0
     row: int = 0  # of a recipe's envelope, that is in force
     num_switches: int = 0  # between such rows

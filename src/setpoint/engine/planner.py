@@ -77,7 +77,7 @@ class Planner:
             (prefills if len(seq.token_ids) - seq.num_computed > 1 else decodes).append(seq)
         waiting, max_running, paced = self._roster.waiting, limits.max_num_seqs, None
         if self._pacer is not None:
-            paced = self._pacer.choose(decodes, prefills, waiting, limits, self._counters.preemptions, now)
+            paced = self._pacer.choose(decodes, prefills, waiting, limits, now)
             step.budget, max_running = paced.budget, paced.max_running
         if decodes and self._drafting.is_on:
             self._draft(decodes, prefills, step, paced)

@@ -252,7 +252,6 @@ class _EngineCollector(Collector):
             ("setpoint_slo_slack_seconds", "Until the next deadline, as of that step.", counters.least_slack_s),
             ("setpoint_slo_late_prompts", "Prompts that cannot be in time any more.", counters.num_late),
             ("setpoint_slo_max_running", "Sequences that may run at once.", counters.max_running),
-            ("setpoint_slo_admission_aim", "Share of the TTFT target that arrivals may take.", counters.aim),
         ):
             yield self._family(GaugeMetricFamily, name, text, value)
         shares = {str(rank): share.good for rank, share in dict(counters.classes).items()}

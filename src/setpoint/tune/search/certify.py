@@ -20,6 +20,7 @@ from setpoint.tune.statistics import NORMAL, Interval, beta_cdf, holm, miss_rate
 
 BELOW = 0.9  # of the highest load that held: where a certificate can be had
 LEAST_GAIN = 0.02
+MOST_LOST = 1  # of the runs
 ONE_SIDED = 0.025
 LEAST_SLOPE, MOST_SLOPE, USUAL_SLOPE = 2.0, 20.0, 4.0  # of the probit of the share on the logarithm of the load
 Verdict = Literal["certified", "default", "not met", "invalid", "insufficient"]
@@ -84,14 +85,18 @@ def certificate(
     noise: float = 0.0,
     confidence: float = 0.95,
 ) -> Certificate:
-    """From runs of fresh seeds; `default[i]` is the other half of the pair of `seen[i]`."""
+    """From runs of fresh seeds; `default[i]` is the other half of the pair of `seen[i]`.
+
+    One run may be lost to others' work on the machine, which says nothing of the setting.
+    """
     good = [one for one in seen if one.counts]
-    if len(good) < len(seen) or not good:
-        details = next((one.detail for one in seen if not one.counts), "no run")
+    lost = [one for one in seen if not one.counts]
+    if len(lost) > MOST_LOST or any(one.state == "failed" for one in lost) or not good:
+        details = next((one.detail for one in lost), "no run")
         return Certificate(setting, load, 0.0, (), len(seen), invalid=details[:300])
     names = list(good[0].shares)
     terms = tuple(_term(name, [one.shares[name] for one in good], confidence, len(names)) for name in names)
-    pairs = [(one, other) for one, other in zip(seen, default, strict=False) if other.counts]
+    pairs = [(one, other) for one, other in zip(seen, default, strict=False) if one.counts and other.counts]
     gain, p_value = None, 1.0
     if len(pairs) >= 2:
         ratios = [math.exp(log_capacity_ratio(one, other, slope)) for one, other in pairs]

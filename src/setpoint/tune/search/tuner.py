@@ -66,6 +66,7 @@ class Tuner:
         self.spent_s = 0.0
         self.best = "default"
         self._repeated = 0
+        self._asked_s = 0.0
         self._until_s = 0.0
         self._predicted: dict[Setting, float] = {}
         self.run_s = max(LEAST_RUN_S, job.budget_s / 50)
@@ -252,7 +253,7 @@ class Tuner:
             return
         proof = Proof(
             self._ask,
-            lambda: self.job.budget_s - self.spent_s,
+            lambda: (self.job.budget_s - self.spent_s) / self._overhead,
             least_s=self.run_s,
             slope=tuned.slope,
             noise=tuned.noise,
@@ -260,6 +261,11 @@ class Tuner:
         found = proof.of(at, own.promising if own.capacity else None)
         tuned.decision, tuned.finalists, tuned.default = found.decision, found.finalists, found.default
         tuned.stressed = found.stressed
+
+    @property
+    def _overhead(self) -> float:
+        """What a run costs over what was asked for: requests under way end after it."""
+        return max(1.0, self.spent_s / self._asked_s) if self._asked_s else 1.0
 
     # --- runs ----------------------------------------------------------------------------------------------------
 
@@ -276,7 +282,7 @@ class Tuner:
         """A run that a tripwire made invalid is repeated: it says nothing of the setting, only of the moment."""
         seen = self._ask_once(ask)
         for number in range(1, AGAIN + 1):
-            if seen.state != "invalid" or self.spent_s > self.job.budget_s:
+            if seen.state != "invalid" or self.spent_s + ask.seconds > self.job.budget_s:
                 break
             self._repeated += 1
             seen = self._ask_once(replace(ask, stage=f"{ask.stage} again {number}"))
@@ -288,6 +294,7 @@ class Tuner:
             seen = self._measure(ask)
             self._study.add(ask, seen)
         self.spent_s += seen.cost_s
+        self._asked_s += ask.seconds
         left = max(0.0, self.job.budget_s - self.spent_s)
         state = f"{seen.attainment:.1%} good" if seen.counts else seen.state
         detail = f" ({seen.detail[:160]})" if seen.detail else ""
