@@ -12,13 +12,14 @@ from test_plan import regular
 from test_plan import setup as plan_setup
 
 from setpoint import assemble
-from setpoint.cli.explain_recipe import draw
+from setpoint.cli.explain_recipe import Explained, draw
 from setpoint.cli.main import run
 from setpoint.config import EngineConfig
 from setpoint.engine.limits import SchedulerLimits
 from setpoint.engine.step_cost import Rising, StepCost, StepShape
 from setpoint.loaders import hub
-from setpoint.tune.plan.counterfactual import faster, measured_gain, prices, reasons, rejected
+from setpoint.tune.explain.measured import compared, rejected
+from setpoint.tune.explain.simulated import Question, explain, relieved
 from setpoint.tune.probe import calibration_store
 from setpoint.tune.probe.machine import this_identity
 from setpoint.tune.recipe import Recipe, machine_fingerprint, model_hash, read_recipe, write_recipe
@@ -46,46 +47,86 @@ def limits_of(setting: Setting) -> SchedulerLimits:
     return SchedulerLimits(**{"max_num_seqs": 1, "max_num_batched_tokens": 512, **dict(setting)})
 
 
+def question(chosen: Setting, sla: Sla = SLA) -> Question:
+    return Question(TRAFFIC, setup(max_num_seqs=1), sla, chosen, limits_of)
+
+
 def raced(setting: Setting, score: float, seed: int = 1000, state: str = "ok") -> tuple[Ask, Observation]:
     ask = Ask("race", setting, 2.0, "tune", seed, 3.0)
-    return ask, Observation(state, 3.0, requests=9, scores=(score,) * 8)  # type: ignore[arg-type]
+    scores = tuple(score + 0.01 * (place % 2) for place in range(8))
+    return ask, Observation(state, 3.0, "why", requests=9, scores=scores)  # type: ignore[arg-type]
 
 
 def test_a_knob_put_back_costs_what_the_queue_says() -> None:
-    found = reasons((*WIDE, ("max_num_batched_tokens", 256)), SLA, TRAFFIC, setup(max_num_seqs=1), limits_of)
-    assert found.capacity_rps is not None
-    assert found.default_rps is not None
-    assert found.default_rps < 0.8 * found.capacity_rps
-    wide, budget = found.knobs
-    assert wide.predicted == pytest.approx(found.default_rps / found.capacity_rps - 1, abs=0.05)
-    assert budget.predicted == 0.0
-    assert found.binding is not None
+    found = explain(question((*WIDE, ("max_num_batched_tokens", 256))))
+    assert found is not None
+    assert found.default_change is not None
+    assert found.default_change < -0.2
+    assert found.flips["max_num_seqs"] == pytest.approx(found.default_change, abs=0.05)
+    assert found.flips["max_num_batched_tokens"] == 0.0
+    assert found.remainder == pytest.approx(0.0, abs=0.06)
     assert found.binding.terms[0].startswith("ttft.p95")
-    worth = {price.what: price.predicted for price in found.prices}
-    assert worth["10% faster steps"] is not None
-    assert worth["10% faster steps"] > 0.03
-    assert worth["10% more KV cache"] == 0.0
+    worth = {price.name: price.per_unit for price in found.prices}
+    assert worth["kv"] == 0.0
+    assert worth["host"] == 0.0
+    assert worth["bandwidth"] > 0.02  # a step is one pass over the weights, and little else
+    assert worth[str(SLA)] > 0.0
+    assert sum(found.time.parts.values()) == pytest.approx(1.0)
+    assert max(found.time.parts, key=lambda part: found.time.parts[part]) == "weights"
 
 
-def test_a_tenth_more_is_a_tenth() -> None:
-    quick, shape = faster(COST, 1.1), StepShape(2, 60, 2, 100, 100)
-    assert quick.seconds(shape) == pytest.approx(COST.seconds(shape) / 1.1)
-    names = [what for what, *_ in prices(setup(), Sla.parse("ttft.p95<200ms,tpot.p95<30ms"))]
-    assert names == [
-        "ttft.p95<200ms relaxed by 10%",
-        "tpot.p95<30ms relaxed by 10%",
-        "10% more KV cache",
-        "10% faster steps",
-    ]
+def test_a_term_that_does_not_bind_is_worth_nothing() -> None:
+    sla = Sla.parse("ttft.p95<450ms,tpot.p95<9s")
+    found = explain(question(WIDE, sla))
+    assert found is not None
+    ttft, tpot = (next(p.per_unit for p in found.prices if p.name == str(term)) for term in sla.terms)
+    assert ttft > 0
+    assert tpot == 0.0
+
+
+def test_what_holds_at_no_load_is_not_simulated_further() -> None:
+    assert explain(question(WIDE, Sla.parse("ttft.p95<1ms"))) is None
+
+
+def test_more_of_every_resource_is_a_quicker_step() -> None:
+    shape, known = StepShape(2, 60, 2, 100, 100), setup()
+    known = replace(known, cost=replace(COST, host_s=1e-3, per_context_s=1e-5, per_pair_s=1e-6, per_entry_s=1e-4))
+    richer = known
+    for resource in ("bandwidth", "arithmetic", "host"):
+        quicker = relieved(known, resource, 0.1).cost.seconds(shape)
+        assert quicker < known.cost.seconds(shape)
+        richer = relieved(richer, resource, 0.1)
+    assert richer.cost.seconds(shape) == pytest.approx(known.cost.seconds(shape) / 1.1)
+    more = relieved(known, "kv", 0.1).info.kv_groups[0].num_blocks
+    assert more == int(1.1 * known.info.kv_groups[0].num_blocks)
+
+
+OTHER: Setting = (("max_num_seqs", 4),)
 
 
 def test_measured_gains_come_from_pairs_alone() -> None:
-    other: Setting = (("max_num_seqs", 4),)
-    runs = [raced((), 0.5), raced(WIDE, 0.9), raced((), 0.3, 1001), raced(WIDE, 0.5, 1001), raced(other, 0.4)]
-    runs += [raced(WIDE, 9.0, 1002), raced(other, 9.0, 1001, "invalid")]  # without its pair; invalid
-    assert measured_gain(WIDE, runs) == (pytest.approx(0.3), 2)
-    assert measured_gain((("max_num_seqs", 2),), runs) == (None, 0)
-    assert [(change.what, change.pairs) for change in rejected(WIDE, runs)] == [("max_num_seqs=4", 1)]
+    runs = [raced((), 0.5), raced(WIDE, 0.9), raced((), 0.3, 1001), raced(WIDE, 0.5, 1001), raced(OTHER, 0.4)]
+    runs += [raced(WIDE, 9.0, 1002), raced(OTHER, 9.0, 1001, "invalid")]  # without its pair; invalid
+    found = compared(runs, WIDE, (), 0.01)
+    assert found is not None
+    assert (found.change, found.pairs, found.sign) == (pytest.approx(0.3), 2, 1)
+    assert found.source == "study:2,3,4,5"
+    assert compared(runs, (("max_num_seqs", 2),), (), 0.01) is None
+    loud = compared(runs, WIDE, (), 0.5)
+    assert loud is not None
+    assert loud.sign == 0
+
+
+def test_what_was_not_chosen_has_its_reason() -> None:
+    crashed: Setting = (("max_num_seqs", 256),)
+    runs = [raced((), 0.5), raced(WIDE, 0.9), raced(OTHER, 0.4), raced(crashed, 0.0, state="failed")]
+    made = Recipe("certified", str(SLA), dict(WIDE), {}, {}, {}, (), {})
+    reasons = {one.setting: one.reason for one in rejected(made, runs, 0.01)}
+    assert reasons == {OTHER: "not better than the default", crashed: "failed: why (study:5)"}
+    worse = rejected(made, [raced((), 0.5), raced(WIDE, 0.9), raced(OTHER, 0.7)], 0.01)
+    assert [one.reason for one in worse] == ["worse than the chosen one"]
+    close = rejected(made, [raced((), 0.5), raced(WIDE, 0.9), raced(OTHER, 0.9)], 0.01)
+    assert [one.reason for one in close] == ["not shown to be better than the chosen one"]
 
 
 @pytest.fixture
@@ -95,14 +136,16 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_trace(TRAFFIC, trace)
     of_trace = model_hash(trace)
     provenance = {"trace": {"file": trace.name, "sha256": of_trace}, "given": {}}
-    evidence = {"gain": {"estimate": 0.4, "ci95": [0.3, 0.5]}}
+    evidence = {"gain": {"estimate": 0.4, "ci95": [0.3, 0.5]}, "noise": 0.01, "runs": 5}
     weights = tmp_path / "model.gguf"
     weights.write_bytes(b"weights")
     about = {"name": "any", "sha256": model_hash(weights)}
     machine = {"fingerprint": machine_fingerprint(this_identity())}
     monkeypatch.setattr(hub, "resolve_model", lambda name, folder: weights)
     write_recipe(Recipe("certified", str(SLA), dict(WIDE), about, machine, evidence, (), provenance), path)
-    study = Study(path.with_suffix(".study.jsonl"), {"sla": str(SLA), "trace": of_trace})
+    head = {"sla": str(SLA), "trace": of_trace, "given": {}}
+    head |= {"model": about["sha256"], "machine": machine["fingerprint"]}
+    study = Study(path.with_suffix(".study.jsonl"), head)
     for ask, seen in (raced((), 0.5), raced(WIDE, 0.9), raced((("max_num_seqs", 4),), 0.7)):
         study.add(ask, seen)
     default = replace(EngineConfig(model="any"), max_num_seqs=1)
@@ -123,14 +166,22 @@ def test_a_recipe_is_explained_from_records(tuned: Path, capsys: Capture) -> Non
     found = json.loads(capsys.readouterr().out)
     assert found["gain"]["estimate"] == 0.4
     (knob,) = found["knobs"]
-    assert knob["what"] == "max_num_seqs=8"
+    assert knob["knob"] == "max_num_seqs"
     assert knob["predicted"] < -0.1
-    assert (knob["measured"], knob["pairs"]) == (pytest.approx(0.4), 1)
-    assert [other["what"] for other in found["rejected"]] == ["max_num_seqs=4"]
+    assert knob["measured"]["source"] == "recipe:evidence.gain"
+    assert knob["measured"]["change"] == pytest.approx(1 / 1.4 - 1)
+    (other,) = found["rejected"]
+    assert other["knobs"] == {"max_num_seqs": 4}
+    assert other["reason"] == "worse than the chosen one"
+    assert other["to_default"]["source"] == "study:2,4"
+    assert other["predicted"] > 0
+    assert {price["name"] for price in found["prices"]} == {str(SLA), "kv", "bandwidth", "arithmetic", "host"}
     assert run("explain", [str(tuned)]) == 0
     told = capsys.readouterr().out
     assert "measured gain over the default: +40% (at least +30%, at most +50%)" in told
     assert "what binds" in told
+    assert "time at the capacity: weights" in told
+    assert "memory bandwidth +10 %" in told
 
 
 def test_the_trace_must_be_the_one_of_the_recipe(tuned: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -150,17 +201,20 @@ def test_a_model_that_was_not_probed_and_a_study_of_another(
     head, *rest = study.read_text().splitlines()
     study.write_text("\n".join([json.dumps(json.loads(head) | {"sla": "ttft.p95<1s"}), *rest, ""]))
     assert run("explain", [str(tuned)]) == 0
-    assert "the study of another recipe" in capsys.readouterr().err
+    assert "is of another tuning (sla differ)" in capsys.readouterr().out
     monkeypatch.setattr(calibration_store, "load_calibration", lambda *_: None)
     assert run("explain", [str(tuned)]) != 0
     assert "run `setpoint probe any`" in capsys.readouterr().err
 
 
 def test_a_recipe_that_is_the_default_says_so() -> None:
-    found = reasons((), SLA, TRAFFIC, setup(max_num_seqs=1), limits_of)
-    recipe = Recipe("the default is best", str(SLA), {}, {}, {}, {}, (), {})
-    assert found.interaction is None
-    assert "no knob differs from its default" in draw(recipe, found)
+    found = explain(question(()))
+    assert found is not None
+    assert found.flips == {}
+    made = Recipe("the default is best", str(SLA), {}, {}, {}, {}, (), {})
+    told = draw(Explained(made, found, (), (), "nothing ran"))
+    assert "no knob differs from its default" in told
+    assert "no runs are shown: nothing ran" in told
 
 
 def _altered(path: Path, **fields: object) -> Path:
@@ -182,6 +236,6 @@ def test_a_recipe_of_another_machine_or_version_is_refused_in_a_line(tuned: Path
 
 
 def test_an_interval_without_ends_has_none(tuned: Path, capsys: Capture) -> None:
-    gain = {"gain": {"estimate": 0.4, "ci95": [-1.0, 1e9]}}
+    gain = {"gain": {"estimate": 0.4, "ci95": [-1.0, 1e9]}, "noise": 0.01, "runs": 5}
     assert run("explain", [str(_altered(tuned, evidence=gain))]) == 0
     assert "+40% (no bounds are known)" in capsys.readouterr().out

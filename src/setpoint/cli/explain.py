@@ -56,11 +56,11 @@ def explain(
 def _recipe(path: Path, trace: Path | None, json: bool) -> None:
     from setpoint.cli import explain_recipe as recipes
 
-    recipe, found = recipes.explain_recipe(path, trace)
+    found = recipes.explain_recipe(path, trace)
     if json:
-        print_json(recipes.document(recipe, found))
+        print_json(recipes.document(found))
         return
-    for line in recipes.draw(recipe, found):
+    for line in recipes.draw(found):
         print(printable(line))
 
 

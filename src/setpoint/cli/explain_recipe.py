@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,27 +11,71 @@ from setpoint.cli.console import say
 from setpoint.errors import ConfigError
 
 if TYPE_CHECKING:
-    from setpoint.tune.plan.counterfactual import Change, Reasons
+    from setpoint.tune.explain.measured import Measured, Tried
+    from setpoint.tune.explain.simulated import Question, Simulated
     from setpoint.tune.recipe import Recipe
     from setpoint.workload.trace import Trace
 
 MOST_REQUESTS = 1000
+MOST_REJECTED = 8  # that are told of, those that ran most
+RESOURCES = {
+    "kv": "KV cache",
+    "bandwidth": "memory bandwidth",
+    "arithmetic": "arithmetic",
+    "host": "speed of the host's work",
+}
+LACKED = {
+    "places": "places (max_num_seqs)",
+    "budget": "tokens of a step (max_num_batched_tokens)",
+    "kv_blocks": "KV blocks",
+}
 
 
-def explain_recipe(path: Path, trace: Path | None) -> tuple[Recipe, Reasons]:
+@dataclass(frozen=True)
+class Explained:
+    """`predicted` scores of rejected settings stand beside them, over the default's; None: not simulated."""
+
+    recipe: Recipe
+    simulated: Simulated | None
+    knobs: tuple[tuple[str, Any, Measured | None], ...]
+    rejected: tuple[tuple[Tried, float | None], ...]
+    without_runs: str  # why no runs are shown
+
+
+def explain_recipe(path: Path, trace: Path | None) -> Explained:
     """Raises ConfigError: no such trace or another one, another machine, no probe of this model."""
+    from setpoint.tune.explain import measured, simulated
+    from setpoint.tune.recipe import read_recipe
+
+    recipe = read_recipe(path)
+    asked = _question(recipe, path, trace)
+    runs, without = measured.study_of(recipe, path.with_suffix(".study.jsonl"))
+    noise, load = measured.noise_of(recipe), measured.race_load(runs)
+    found = simulated.explain(asked, lambda line: say(f"setpoint: {line}"))
+    knobs = ((name, value, measured.flipped(recipe, name, runs, noise)) for name, value in recipe.knobs.items())
+    tried = measured.rejected(recipe, runs, noise)[:MOST_REJECTED]
+    base = None if load is None or not tried else simulated.score(asked, (), load)
+
+    def predicted(one: Tried) -> float | None:
+        if base is None or load is None or not simulated.simulable(one.setting):
+            return None
+        return simulated.score(asked, one.setting, load) - base
+
+    return Explained(recipe, found, tuple(knobs), tuple((one, predicted(one)) for one in tried), without)
+
+
+def _question(recipe: Recipe, path: Path, trace: Path | None) -> Question:
     from setpoint.assemble import models_directory, scheduler_limits, survey
     from setpoint.config import EngineConfig
     from setpoint.loaders.hub import resolve_model
-    from setpoint.tune.plan.counterfactual import reasons
+    from setpoint.tune.explain.simulated import Question
     from setpoint.tune.plan.plan import shortened
     from setpoint.tune.probe.calibration_store import load_calibration
     from setpoint.tune.probe.machine import this_identity
-    from setpoint.tune.recipe import machine_fingerprint, mismatches, model_hash, read_recipe
+    from setpoint.tune.recipe import machine_fingerprint, mismatches, model_hash
     from setpoint.tune.simulate.simulator import EngineSetup
     from setpoint.tune.sla import Sla
 
-    recipe = read_recipe(path)
     loaded = _trace(recipe, path, trace)
     name, given = str(recipe.model.get("name", "")), _table(recipe.provenance, "given")
     try:
@@ -46,16 +90,12 @@ def explain_recipe(path: Path, trace: Path | None) -> tuple[Recipe, Reasons]:
     found = load_calibration(this_identity(), surveyed.fingerprint, lambda problem: say(f"setpoint: {problem}"))
     if found is None:
         raise ConfigError(f"nothing is known here of this model's steps; run `setpoint probe {name}`")
-    setup = EngineSetup(surveyed.info, surveyed.limits, found.cost, surveyed.config.enable_prefix_caching)
-    return recipe, reasons(
-        tuple(recipe.knobs.items()),
-        Sla.parse(recipe.sla),
+    return Question(
         shortened(loaded, MOST_REQUESTS),
-        setup,
+        EngineSetup(surveyed.info, surveyed.limits, found.cost, surveyed.config.enable_prefix_caching),
+        Sla.parse(recipe.sla),
+        tuple(recipe.knobs.items()),
         lambda setting: scheduler_limits(replace(surveyed.config, **dict(setting))),
-        gain=_table(recipe.evidence, "gain") or None,
-        runs=_runs(recipe, path.with_suffix(".study.jsonl")),
-        report=lambda line: say(f"setpoint: simulating {line}"),
     )
 
 
@@ -83,45 +123,126 @@ def _trace(recipe: Recipe, path: Path, given: Path | None) -> Trace:
     return read_trace(found)
 
 
-def _runs(recipe: Recipe, path: Path) -> list[Any]:
-    """Of the study beside the recipe, if it is that recipe's; the report does without them where it is not."""
-    from setpoint.tune.search.study import StudyError, read_study
+def document(found: Explained) -> dict[str, Any]:
+    """`source` names the record of each measured figure: lines of the study, or a field of the recipe."""
+    simulated = found.simulated
+    flips = {} if simulated is None else simulated.flips
+    return {
+        "object": "recipe.explanation",
+        "sla": found.recipe.sla,
+        "verdict": found.recipe.verdict,
+        "gain": _table(found.recipe.evidence, "gain") or None,
+        "capacity_rps": None if simulated is None else simulated.capacity.rate_rps,
+        "default": None if simulated is None else simulated.default_change,
+        "knobs": [
+            {
+                "knob": name,
+                "value": value,
+                "predicted": flips.get(name),
+                "measured": None if measured is None else _measured(measured),
+            }
+            for name, value, measured in found.knobs
+        ],
+        "remainder": None if simulated is None else simulated.remainder,
+        "binding": None if simulated is None else asdict(simulated.binding),
+        "time": None if simulated is None else asdict(simulated.time),
+        "prices": [] if simulated is None else [asdict(price) for price in simulated.prices],
+        "rejected": [
+            {
+                "knobs": dict(one.setting),
+                "reason": one.reason,
+                "predicted": predicted,
+                "to_default": None if one.to_default is None else _measured(one.to_default),
+                "to_chosen": None if one.to_chosen is None else _measured(one.to_chosen),
+            }
+            for one, predicted in found.rejected
+        ],
+        "without_runs": found.without_runs or None,
+    }
 
-    try:
-        head, runs = read_study(path)
-    except StudyError as error:
-        say(f"setpoint: no runs are shown: {error}")
-        return []
-    asked = {"trace": _table(recipe.provenance, "trace").get("sha256"), "sla": recipe.sla}
-    if any(head.get(name) != value for name, value in asked.items()):
-        say(f"setpoint: no runs are shown: {path.name} is the study of another recipe")
-        return []
-    return runs
+
+def _measured(found: Measured) -> dict[str, Any]:
+    """Ends that are not known are null."""
+    known = {name: value for name, value in asdict(found).items() if name not in ("low", "high")}
+    return known | {"ci95": [_end(found.low), _end(found.high)], "sign": found.sign}
 
 
-def document(recipe: Recipe, found: Reasons) -> dict[str, Any]:
-    return {"object": "recipe.explanation", "sla": recipe.sla, "verdict": recipe.verdict, **asdict(found)}
+def _end(value: float) -> float | None:
+    return value if -1e8 < value < 1e8 else None
 
 
-def draw(recipe: Recipe, found: Reasons) -> list[str]:
-    rates = [("predicted capacity", found.capacity_rps), ("predicted of the default", found.default_rps)]
+def draw(found: Explained) -> list[str]:
+    from setpoint.tune.search.space import text
+
+    recipe, simulated = found.recipe, found.simulated
     lines = [f"{recipe.verdict}: {recipe.sla}"]
-    lines += [f"{name}: " + ("no load holds" if rate is None else f"{rate:.3g} requests/s") for name, rate in rates]
-    if found.gain:
-        lines.append(f"measured gain over the default: {_gain_text(found.gain)}")
+    gain = _table(recipe.evidence, "gain")
+    if gain:
+        lines.append(f"measured gain over the default: {_gain_text(gain)} (recipe:evidence.gain)")
+    if simulated is None:
+        lines.append("by simulation no load holds: what follows is measured")
+    else:
+        lines.append(f"predicted capacity {simulated.capacity.rate_rps:.3g} requests/s, {_default(simulated)}")
     lines += ["", "each knob back to its default:" if found.knobs else "no knob differs from its default"]
-    lines += [f"  {_line(knob)}" for knob in found.knobs]
-    if found.interaction is not None and len(found.knobs) > 1:
-        lines.append(f"  together beyond their sum: {found.interaction:+.0%}")
-    if found.binding is not None:
-        lines += ["", f"beyond the capacity fails {', '.join(found.binding.terms)}"]
-        lines.append(f"what binds: {found.binding.resource}")
-    lines += ["", "what a tenth more would be worth (predicted; below 2 % is not told apart):"]
-    lines += [f"  {_line(price)}" for price in found.prices]
+    for name, value, measured in found.knobs:
+        change = None if simulated is None else simulated.flips.get(name)
+        told = ["not simulated" if change is None else f"capacity {_percent(change)} predicted"]
+        told += [] if measured is None else [_told(measured)]
+        lines.append(f"  {name}={value}: {'; '.join(told)}")
+    if simulated is not None:
+        lines += _of_simulation(simulated)
     if found.rejected:
-        lines += ["", "raced and not chosen (mean log margin to the SLA, over the default's in the same traffic):"]
-        lines += [f"  {_line(other)}" for other in found.rejected]
+        lines += [
+            "",
+            "tried and not chosen (score: mean log margin to the SLA, over the default's in the same traffic):",
+        ]
+    for one, predicted in found.rejected:
+        told = [] if predicted is None else [f"predicted {predicted:+.3f}"]
+        told += [] if one.to_default is None else [_told(one.to_default)]
+        lines.append(f"  {text(one.setting)}: {one.reason}" + (f" ({'; '.join(told)})" if told else ""))
+    if found.without_runs:
+        lines += ["", f"no runs are shown: {found.without_runs}"]
     return lines
+
+
+def _of_simulation(simulated: Simulated) -> list[str]:
+    lines = []
+    if simulated.remainder is not None and len(simulated.flips) > 1:
+        lines.append(f"  together beyond each alone: {simulated.remainder:+.3f} in the logarithm of the capacity")
+    lines += ["", f"beyond the capacity fails {', '.join(simulated.binding.terms)}"]
+    lines.append(f"what binds: {simulated.binding.resource}")
+    parts = [f"{name} {share:.0%}" for name, share in simulated.time.parts.items() if share >= 0.005]
+    lines.append(f"time at the capacity: {', '.join(parts)}")
+    lacked = [f"{LACKED[name]} {share:.0%}" for name, share in simulated.time.waiting.items() if share >= 0.005]
+    lines.append(f"of it requests waited for: {', '.join(lacked) or 'nothing'}")
+    lines += ["", "what more would be worth, in capacity (predicted, central differences):"]
+    return lines + [f"  {_price_name(price)}: {_percent(price.per_unit, 2)}" for price in simulated.prices]
+
+
+def _price_name(price: Any) -> str:
+    return f"{RESOURCES.get(price.name, price.name)} {price.unit}"
+
+
+def _default(simulated: Simulated) -> str:
+    change = simulated.default_change
+    if change is None:
+        return "of the default nothing is known"
+    return "at no load with the default" if change <= -1 else f"{_percent(change)} with the default"
+
+
+def _percent(change: float, digits: int = 0) -> str:
+    return f"{100 * change:+.{digits}f} %"
+
+
+def _told(found: Measured) -> str:
+    ends = (_end(found.low), _end(found.high))
+    if found.unit == "capacity":
+        low, high = (None if end is None or end <= -1 else _percent(end) for end in ends)
+        value = f"capacity {_percent(found.change)}"
+    else:
+        low, high = (None if end is None else f"{end:+.3f}" for end in ends)
+        value = f"score {found.change:+.3f}"
+    return f"{value} [{low or 'open'}, {high or 'open'}] measured in {found.pairs} pairs, {found.source}"
 
 
 def _gain_text(gain: Mapping[str, Any]) -> str:
@@ -130,12 +251,3 @@ def _gain_text(gain: Mapping[str, Any]) -> str:
     ends = [f"at least {low:+.0%}"] if low > -1.0 else []
     ends += [f"at most {high:+.0%}"] if high < 1e9 else []
     return f"{gain.get('estimate', 0.0):+.0%} ({', '.join(ends) or 'no bounds are known'})"
-
-
-def _line(change: Change) -> str:
-    told = []
-    if change.predicted is not None:
-        told.append("no load holds" if change.predicted <= -1 else f"capacity {change.predicted:+.0%}, predicted")
-    if change.measured is not None:
-        told.append(f"by itself over the default {change.measured:+.3f} in {change.pairs} measured pairs")
-    return f"{change.what}: {'; '.join(told) or 'not simulated, not measured'}"

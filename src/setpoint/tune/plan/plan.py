@@ -114,7 +114,14 @@ class Loads:
     def __init__(self, trace: Trace, setup: EngineSetup, sla: Sla, report: Callable[[str], None]) -> None:
         self.trace, self.setup, self.sla, self._report = trace, setup, sla, report
         self.base_rate = len(trace.requests) / max(trace.seconds, 1e-9)
-        self._known: dict[float, tuple[LoadPoint, Simulation]] = {}
+        self._points: dict[float, LoadPoint] = {}
+        self._simulated: dict[float, tuple[Trace, Simulation]] = {}
+
+    def under(self, sla: Sla) -> Loads:
+        """The same traffic on the same engine, judged by another SLA: what is known is not simulated again."""
+        other = Loads(self.trace, self.setup, sla, self._report)
+        other._simulated = self._simulated
+        return other
 
     @property
     def is_possible(self) -> bool:
@@ -122,18 +129,19 @@ class Loads:
         return self.sla.holds(alone(self.trace, self.setup).run.timings)
 
     def at(self, load: float) -> LoadPoint:
-        return self._run(load)[0]
+        if load not in self._points:
+            self._points[load] = self._point(load, *self._run(load))
+        return self._points[load]
 
     def simulation(self, load: float) -> Simulation:
         return self._run(load)[1]
 
-    def _run(self, load: float) -> tuple[LoadPoint, Simulation]:
-        if load not in self._known:
+    def _run(self, load: float) -> tuple[Trace, Simulation]:
+        if load not in self._simulated:
             self._report(f"simulating {self.base_rate * load:.3g} requests/s")
             scaled = self._scaled(load)
-            done = simulate(scaled, self.setup, patience_s=_PATIENCE_S)
-            self._known[load] = (self._point(load, scaled, done), done)
-        return self._known[load]
+            self._simulated[load] = scaled, simulate(scaled, self.setup, patience_s=_PATIENCE_S)
+        return self._simulated[load]
 
     def _scaled(self, load: float) -> Trace:
         """With as many requests as the trace at the least: sessions that are left out make room for further ones."""
