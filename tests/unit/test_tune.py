@@ -126,6 +126,11 @@ def test_what_is_not_shown_is_not_certified() -> None:
     tie = certificate(BEST, 1.0, mine, mine, slope=4.0)
     own = certificate(DEFAULT, 1.0, mine, slope=4.0)
     assert decide([tie], own).verdict == "default"
+    failing = certificate(DEFAULT, 1.0, [seen(185)] * 5, slope=4.0)
+    held = decide([tie], failing)
+    assert held.verdict == "holds"
+    assert held.chosen is not None
+    assert held.chosen.setting == BEST
     few = certificate(DEFAULT, 1.0, [seen(39, 40)], slope=4.0)
     assert decide([], few).verdict == "insufficient"
     assert "more requests" in decide([], few).why

@@ -23,7 +23,7 @@ LEAST_GAIN = 0.02
 MOST_LOST = 1  # of the runs
 ONE_SIDED = 0.025
 LEAST_SLOPE, MOST_SLOPE, USUAL_SLOPE = 2.0, 20.0, 4.0  # of the probit of the share on the logarithm of the load
-Verdict = Literal["certified", "default", "not met", "invalid", "insufficient"]
+Verdict = Literal["certified", "default", "holds", "not met", "invalid", "insufficient"]
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,17 @@ def adjusted(found: Sequence[Certificate]) -> list[Certificate]:
 
 
 def decide(finalists: Sequence[Certificate], default: Certificate | None) -> Decision:
-    """The finalist that holds the SLA and gains the most; else the default, if it holds it."""
+    """The finalist that holds the SLA and gains the most; else the default, if it holds it; else who does."""
     winners = [one for one in adjusted(finalists) if one.holds and one.is_gain]
     if winners:
         best = max(winners, key=lambda one: one.gain.estimate if one.gain is not None else 0.0)
         return Decision("certified", best, "holds the SLA on held-out traffic; the gain is beyond the noise")
     if default is not None and default.holds:
         return Decision("default", default, "the default is best: no setting gained more than the noise")
+    holding = [one for one in finalists if one.holds]
+    if holding:  # no gain is claimed, but an SLA that is held is worth more than a tie
+        best = max(holding, key=lambda one: one.rate_rps)
+        return Decision("holds", best, "holds the SLA on held-out traffic, which the default was not shown to do")
     runs = [one for one in (default, *finalists) if one is not None]
     if not runs or all(one.invalid for one in runs):
         return Decision("invalid", None, runs[0].invalid if runs else "nothing was run")

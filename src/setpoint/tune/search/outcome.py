@@ -16,6 +16,7 @@ from setpoint.tune.statistics import Interval
 TITLES = {
     "certified": "certified",
     "default": "certified, gain not shown: the default is best",
+    "holds": "certified, gain not shown: the default was not shown to hold",
     "not met": "not met",
     "invalid": "invalid run",
     "insufficient": "insufficient evidence",

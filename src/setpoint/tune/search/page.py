@@ -16,7 +16,7 @@ from setpoint.tune.search.tuned import Tuned
 from setpoint.tune.statistics import clopper_pearson
 from setpoint.tune.svg import ACCENT, Chart, Line, Marks
 
-_COLOURS = {"certified": GOOD, "default": GOOD, "not met": BAD, "invalid": BAD, "insufficient": QUIET}
+_COLOURS = {"certified": GOOD, "default": GOOD, "holds": GOOD, "not met": BAD, "invalid": BAD, "insufficient": QUIET}
 _DEFAULT_COLOUR = "#8a6d1b"
 
 

@@ -61,7 +61,7 @@ class Proof:
             gained = [one for one in proven.finalists if one.is_gain and not one.invalid]
             if gained:
                 self._lower(proven, max(gained, key=lambda one: one.gain.estimate if one.gain is not None else 0.0))
-            elif default_load is not None and (proven.default is None or not proven.default.holds):
+            elif default_load is not None and proven.decision.verdict != "default":
                 self._of_default(proven, default_load)
         elif default_load is not None:
             self._row_of_default(proven, default_load)
